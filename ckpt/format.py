@@ -1,0 +1,251 @@
+"""What the bytes of a checkpoint mean: safetensors shards and the JSON manifest, as pure functions on bytes.
+
+Nothing that comes from a store is believed and nothing is unpickled. Whatever does not fit raises
+FormatError, whose text is the rest of a sentence that begins with the object: "has no list of shards".
+
+A shard is a safetensors file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length,
+a JSON header {name: {dtype, shape, data_offsets}}, then the tensors back to back. Ours are named
+"plane/fragment/start".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+OWN_KEYS = ("format", "shards", "digest", "prefix")  # of a manifest; the rest is the caller's body
+MAX_MANIFEST = 64 << 20  # bytes
+MAX_HEADER = 64 << 20  # bytes; the safetensors library itself stops at 100 MB
+
+_NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class FormatError(ValueError):
+    """What is wrong with an object, as the rest of a sentence."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a fragment of a plane; `tensor` is fp32, on the CPU, [stop - start]."""
+
+    plane: str
+    fragment: int
+    start: int
+    stop: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """What a manifest says of a piece: its elements [start, stop) are in the shard of this name."""
+
+    plane: str
+    fragment: int
+    start: int
+    stop: int
+    shard: str
+
+    @property
+    def tensor_name(self) -> str:
+        return f"{self.plane}/{self.fragment}/{self.start}"
+
+
+def require(fine: bool, otherwise: str) -> None:
+    """Raise FormatError(otherwise) unless `fine`."""
+    if not fine:
+        raise FormatError(otherwise)
+
+
+def is_name(value: Any) -> bool:
+    """Whether this can name a shard or a plane: no separator, no leading dot; no path leaves its folder."""
+    return isinstance(value, str) and bool(_NAME.fullmatch(value))
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is an integer that JSON carries exactly everywhere, and not a bool."""
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def encode_shard(pieces: list[Piece]) -> bytes:
+    """The safetensors file of these pieces; ValueError if one is no flat fp32 CPU tensor or comes twice."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in pieces:
+        _check_piece(piece)
+        name = f"{piece.plane}/{piece.fragment}/{piece.start}"
+        if name in header:
+            raise ValueError(f"piece {name} is given twice")
+        begin, end = end, end + 4 * (piece.stop - piece.start)
+        header[name] = {"dtype": "F32", "shape": [piece.stop - piece.start], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin aligned
+    bodies = [piece.tensor.detach().contiguous().numpy().data for piece in pieces]
+    return b"".join([len(text).to_bytes(8, "little"), text, *bodies])
+
+
+def _check_piece(piece: Piece) -> None:
+    tensor, length = piece.tensor, piece.stop - piece.start
+    if not (is_name(piece.plane) and is_count(piece.fragment) and is_count(piece.start)):
+        raise ValueError(
+            f"{piece.plane!r}, {piece.fragment!r}, {piece.start!r} name no plane, fragment and start"
+        )
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.shape != (length,):
+        raise ValueError(
+            f"piece {piece.plane}/{piece.fragment} [{piece.start}, {piece.stop}) is {tensor.dtype} of shape "
+            f"{list(tensor.shape)} on {tensor.device}, not {length} fp32 elements on the CPU"
+        )
+
+
+def header_length(head: bytes, size: int) -> int:
+    """Bytes of the JSON header of a shard of `size` bytes, which begins with `head`, if it can be."""
+    require(len(head) >= 8, f"has only {size} bytes")
+    length = int.from_bytes(head[:8], "little")
+    require(length <= min(MAX_HEADER, size - 8), f"says that its header has {length} bytes")
+    return length
+
+
+def tensor_offsets(header: bytes, size: int, wanted: dict[str, int]) -> dict[str, int]:
+    """Where each tensor begins in a shard of `size` bytes, counted from the start of the object.
+
+    FormatError unless the header has exactly the tensors `wanted` (name: elements), as fp32, and they fill
+    the rest of the object without overlap or gap.
+    """
+    entries = decode_json(header)
+    require(isinstance(entries, dict), "has a header that is not a JSON object")
+    entries.pop("__metadata__", None)
+    require(entries.keys() == wanted.keys(), "does not hold the pieces that the manifest says")
+    ranges = sorted((*_data_offsets(name, entries[name], wanted[name]), name) for name in entries)
+    begin, end = 8 + len(header), 0
+    for start, stop, name in ranges:
+        require(start == end, f"has {name} at {start}, but the tensor before it ends at {end}")
+        end = stop
+    require(begin + end == size, f"has {size} bytes, but its tensors end at {begin + end}")
+    return {name: begin + start for start, _, name in ranges}
+
+
+def _data_offsets(name: str, entry: Any, elements: int) -> tuple[int, int]:
+    fits = isinstance(entry, dict) and entry.get("dtype") == "F32" and entry.get("shape") == [elements]
+    require(fits, f"does not hold {name} as {elements} fp32 elements")
+    offsets = entry.get("data_offsets")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))):
+        raise FormatError(f"has no offsets for {name} but {offsets!r:.60}")
+    start, stop = offsets
+    require(
+        stop - start == 4 * elements, f"has {stop - start} bytes for the {elements} fp32 elements of {name}"
+    )
+    return start, stop
+
+
+def seal(body: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of a body and its shards, with its digest; ValueError if the body has one of OWN_KEYS."""
+    taken = [key for key in OWN_KEYS if key in body]
+    if taken:
+        raise ValueError(
+            f"the body of a manifest cannot have the key {taken[0]!r}: that one is the manifest's own"
+        )
+    # Through JSON once, so that what is hashed is only what JSON can say: string keys, lists for tuples.
+    manifest = json.loads(json.dumps({**body, "format": FORMAT, "shards": shards}, allow_nan=False))
+    return {**manifest, "digest": digest(manifest)}
+
+
+def encode_json(value: dict[str, Any]) -> bytes:
+    """The only bytes that stand for this object, readable by people."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def decode_json(raw: bytes) -> Any:
+    """Parse JSON; FormatError for anything else, NaN and too deep a nesting included."""
+    try:
+        return json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not JSON ({str(error)[:100]})") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """sha256, hex, of all of a manifest but its digest."""
+    return hashlib.sha256(encode_json({k: v for k, v in manifest.items() if k != "digest"})).hexdigest()
+
+
+def open_manifest(raw: bytes) -> dict[str, Any]:
+    """Decode a stored manifest; FormatError if its format version, digest, shards or pieces are not right."""
+    manifest: dict[str, Any] = decode_json(raw)
+    require(isinstance(manifest, dict), "is not a JSON object")
+    version = manifest.get("format")
+    require(is_count(version), f"has no format version but {version!r:.40}")
+    require(version == FORMAT, f"has format version {version}, and this program reads {FORMAT}")
+    own_digest, own_bytes = _written_again(manifest)
+    require(manifest.get("digest") == own_digest, "does not have the digest that it says")
+    require(raw == own_bytes, "is not written the way this format is")
+    require("prefix" not in manifest, "has a 'prefix', which is never stored")
+    spans_of(manifest)
+    return manifest
+
+
+def _written_again(manifest: dict[str, Any]) -> tuple[str, bytes]:
+    try:
+        return digest(manifest), encode_json(manifest)
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # 1e999 is read as infinity; nesting that is read but not written
+        raise FormatError("holds what a manifest cannot hold") from error
+
+
+def spans_of(manifest: dict[str, Any]) -> list[Span]:
+    """All pieces by plane, fragment, start; FormatError for malformed ones, overlaps and gaps."""
+    shards = _field(manifest, "shards", _is_list, "a body")
+    spans = sorted(span for record in shards for span in _spans_of_shard(record))
+    names = [record["name"] for record in shards]
+    require(len(set(names)) == len(names), "names a shard twice")
+    ends: dict[tuple[str, int], int] = {}
+    for span in spans:
+        end = ends.get((span.plane, span.fragment), 0)
+        require(
+            span.start >= end, f"has {span.tensor_name} overlapping the piece before it, which ends at {end}"
+        )
+        require(span.start == end, f"misses elements [{end}, {span.start}) of {span.plane}/{span.fragment}")
+        ends[span.plane, span.fragment] = span.stop
+    return spans
+
+
+def _spans_of_shard(record: Any) -> list[Span]:
+    """The pieces of one shard's record, after checking every field; keys that are not ours are left alone."""
+    name = _field(record, "name", is_name, "a shard")
+    _field(record, "bytes", is_count, f"shard {name}")
+    _field(record, "sha256", _is_sha256, f"shard {name}")
+    return [_span(piece, name) for piece in _field(record, "pieces", _is_list, f"shard {name}")]
+
+
+def _span(piece: Any, shard: str) -> Span:
+    what = f"a piece of shard {shard}"
+    plane = _field(piece, "plane", is_name, what)
+    fragment, start, stop = (_field(piece, key, is_count, what) for key in ("fragment", "start", "stop"))
+    require(start < stop, f"has {what} of elements [{start}, {stop})")
+    return Span(plane, fragment, start, stop, shard)
+
+
+def _field(record: Any, key: str, fits: Callable[[Any], bool], what: str) -> Any:
+    value = record.get(key) if isinstance(record, dict) else None
+    require(fits(value), f"has {what} with {key} {value!r:.60}")
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))

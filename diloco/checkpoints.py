@@ -1,0 +1,135 @@
+"""When and what a region saves: the global planes for everyone, its own inner planes for itself, both in flat space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard
+from ckpt.store import Store
+from diloco.inner import Inner
+from diloco.journal import State, counters
+from diloco.parallel import Region
+from diloco.planes import PLANES, Planes
+from diloco.shards import Select, Shards
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one rank of one region sees them. All methods but the queries are collective."""
+
+    def __init__(self, store: Store, run: str, region: Region, shards: Shards, keep: int) -> None:
+        self.store, self.region, self.shards, self.keep = store, region, shards, keep
+        self.root = f"checkpoints/{run}"
+        self.own_root = f"regions/{run}"
+
+    # Global: θ, momentum, and the counters that a rewind goes back to
+
+    def save_first(self, planes: Planes) -> str:
+        """θ₀, before the run is opened. Returns its prefix."""
+        start = {"rounds": 0, "cursor": 0, "applied": 0, "pool": [], "fragments": [{} for _ in planes.fragments]}
+        body = {"seq": 0, "hash": "", "epoch": 0, "counters": start}
+        return self._save(f"{self.root}/0", "r", body, _global_pieces(planes))
+
+    def save(self, planes: Planes, state: State, member: str) -> str:
+        """The state after entry `state.seq`: every fragment's planes are those of `state`."""
+        body = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
+        prefix = self._save(f"{self.root}/{state.seq}", f"{member}-r", body, _global_pieces(planes))
+        self._prune(self.root)
+        return prefix
+
+    def candidates(self) -> Iterator[dict[str, Any]]:
+        """Manifests that load, newest first; a damaged one is reported and passed over. Rank 0 asks."""
+        return newest(self.store, self.root, _report)
+
+    def load(self, manifest: dict[str, Any], planes: Planes, state: State) -> None:
+        """This rank's slices of θ and momentum."""
+        reader = Reader(self.store, manifest)
+        for f, fragment in enumerate(state.fragments):
+            theta, momentum = (reader.read(plane, f, *self.shards.span(f)) for plane in PLANES)
+            planes.load(f, fragment.base, theta, momentum)
+
+    def load_prefix(self, state: State, planes: Planes) -> None:
+        """From the checkpoint that the current epoch starts from."""
+        self.load(load_manifest(self.store, state.checkpoint), planes, state)
+
+    # A region's own: local parameters, AdamW's moments, and where its steps stand
+
+    def save_own(self, name: str, state: State, inner: Inner, progress: dict[str, Any]) -> None:
+        """progress: the trainer's own counters (JSON)."""
+        body = {"seq": state.seq, "hash": state.hash, "progress": progress}
+        root = f"{self.own_root}/{name}"
+        pieces = [
+            _piece(plane, f, self.shards.read(f, select), self.shards)
+            for plane, select in _selections(inner).items()
+            for f in range(len(self.shards.fragments))
+        ]
+        self._save(f"{root}/{state.seq}", "r", body, pieces)
+        self._prune(root)
+
+    def find_own(self, name: str, seq: int, entry_hash: str) -> dict[str, Any] | None:
+        """The manifest of the region's own planes at exactly this entry, if there is one. Rank 0 asks."""
+        for manifest in newest(self.store, f"{self.own_root}/{name}", _report):
+            if (manifest["seq"], manifest["hash"]) == (seq, entry_hash):
+                return manifest
+        return None
+
+    def load_own(self, manifest: dict[str, Any], inner: Inner) -> None:
+        """Local parameters and moments, whatever mesh wrote them."""
+        reader = Reader(self.store, manifest)
+        inner.materialise()
+        for plane, select in _selections(inner).items():
+            for f in range(len(self.shards.fragments)):
+                self.shards.write(f, reader.read(plane, f, *self.shards.span(f)), select)
+
+    def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: list[Piece]) -> str:
+        record = save_shard(self.store, prefix, f"{shard}{self.region.rank}", pieces)
+        records = [json.loads(data) for data in self.region.gather_bytes(json.dumps(record).encode())]
+        if self.region.rank == 0:
+            commit_manifest(self.store, prefix, body, records)
+        self.region.barrier()
+        return prefix
+
+    def _prune(self, root: str) -> None:
+        """Keeps the first and the last `keep`; the manifest goes first, so that nothing half there looks whole."""
+        if self.region.rank != 0:
+            return
+        keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
+        numbers = sorted(int(key.split("/")[-2]) for key in keys)
+        for number in [n for n in numbers[: -self.keep] if n != 0]:
+            self.store.delete(f"{root}/{number}/manifest.json")
+            for key in self.store.list(f"{root}/{number}/"):
+                self.store.delete(key)
+
+
+def _selections(inner: Inner) -> dict[str, Select]:
+    def moment(name: str) -> Select:
+        def select(parameter: nn.Parameter) -> Tensor:
+            moment: Tensor = inner.optimizer.state[parameter][name]
+            return moment
+
+        return select
+
+    return {"x": lambda parameter: parameter, **{name: moment(name) for name in MOMENTS}}
+
+
+def _global_pieces(planes: Planes) -> list[Piece]:
+    pieces = []
+    for f, fragment in enumerate(planes.fragments):
+        start, stop = fragment.span(*planes.slices[f])
+        pieces += [Piece(plane, f, start, stop, getattr(planes, plane)[f]) for plane in PLANES]
+    return pieces
+
+
+def _piece(plane: str, fragment: int, flat: Tensor, shards: Shards) -> Piece:
+    start, stop = shards.span(fragment)
+    return Piece(plane, fragment, start, stop, flat.to(torch.float32))
+
+
+def _report(prefix: str, error: DamagedError) -> None:
+    print(f"checkpoint {prefix} is passed over: {error}", flush=True)

@@ -1,0 +1,201 @@
+"""The config as dataclasses, each owned by its module, and everything that is checked before a socket or a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diloco import inner, parallel
+from diloco.codec import CODECS, CodecConfig
+from diloco.data import DataConfig
+from diloco.errors import ConfigError
+from diloco.inner import InnerConfig
+from diloco.outer import OuterConfig
+from diloco.parallel import ParallelConfig
+from diloco.tracker import TrackerConfig
+from elastic.lighthouse import ElasticConfig, host_port
+
+
+@dataclass
+class RunConfig:
+    """What is common to all regions of the run, and where it lives."""
+
+    name: str = "default"
+    dir: str = "runs/default"
+    """Holds <region>/metrics.jsonl of each region on this machine and, unless run.store says otherwise, the store."""
+    store: str = ""
+    """Journal and checkpoints: any fsspec URL that all regions reach; empty: the directory <run.dir>/store."""
+    rounds: int | None = None
+    """Stop after this many rounds (outer steps of one fragment)."""
+    tokens: int | None = None
+    """Stop after this many committed tokens of all regions."""
+    seed: int = 0
+    report_every: int = 10
+    """Inner steps between two report lines."""
+    eval_every: int = 1
+    """Rounds between two evaluations; 0: only at the end."""
+    eval_sequences: int = 32
+    """Held-out sequences of an evaluation."""
+
+
+@dataclass
+class ModelConfig:
+    """The model, by dotted path."""
+
+    target: str = "diloco.model.build_llama"
+    """Callable that returns an nn.Module; gets `args`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    loss: str = "diloco.model.next_token_loss"
+    """Callable (model, tokens [B, T+1], **loss_args) -> (objective, mean nll in nats per token)."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    plan: str | None = None
+    """Callable (model, tp) -> tensor-parallel plan; needed for parallel.tp > 1 only."""
+
+
+@dataclass
+class CkptConfig:
+    """Checkpoints."""
+
+    every: int = 1
+    """Rounds between two checkpoints; one is written at the end in any case."""
+    keep: int = 3
+    """Checkpoints that are kept besides the first."""
+    resume: str = "auto"
+    """auto: go on from the newest state of the run if there is one; never: refuse to."""
+
+
+@dataclass
+class RegionConfig:
+    name: str = ""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The config from plain values. Raises ConfigError on an unknown key or a value of the wrong type."""
+    config = _build(Config, values, "")
+    assert isinstance(config, Config)
+    return config
+
+
+def keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """All dotted keys that there are."""
+    found: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        found += keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return found
+
+
+def unknown_key(key: str) -> ConfigError:
+    """The sentence for a key that does not exist, naming the nearest that does."""
+    near = difflib.get_close_matches(key, keys(), n=1) or [k for k in keys() if k.endswith("." + key.split(".")[-1])]
+    hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join(typing.get_type_hints(Config))}"
+    return ConfigError(f"unknown key {key}: {hint}")
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise unknown_key(f"{prefix}{name}")
+    built = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key}={value} is not a group: set the keys below it, such as {keys(hints[name])[0]}")
+            built[name] = _build(typing.cast(type, hints[name]), value, f"{key}.")
+        else:
+            built[name] = _convert(value, hints[name], key)
+    return cls(**built)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    if isinstance(value, bool) and hint is not bool or not _fits(value, hint):
+        name = getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
+        raise ConfigError(f"{key}={value!r} is not of the type {name}: set it to a value of that type")
+    return float(value) if hint is float else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    origin = typing.get_origin(hint) or hint
+    return isinstance(value, (int, float) if origin is float else origin)
+
+
+def load(path: str, key: str) -> Any:
+    """The object at a dotted path. Raises ConfigError naming `key`."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}={path} cannot be loaded ({error}): set it to package.module.name") from error
+
+
+def validate(cfg: Config, world: int) -> None:
+    """Raises ConfigError for anything that cannot work, without touching a socket, a device or a file."""
+    _validate_run(cfg)
+    _validate_outer(cfg)
+    parallel.validate(cfg.parallel, world)
+    inner.validate(cfg.inner, world // cfg.parallel.tp)
+    try:
+        host_port(cfg.elastic.lighthouse)
+    except ValueError as error:
+        raise ConfigError(f"elastic.lighthouse: {error}") from error
+
+
+def _validate_run(cfg: Config) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", cfg.region.name):
+        shown = f"region.name={cfg.region.name!r} is not a name" if cfg.region.name else "no region is named"
+        raise ConfigError(f"{shown}: add +region=eu, +region=us or +region=asia, or region.name=NAME (letters, digits, . and -)")
+    if cfg.run.rounds is None and cfg.run.tokens is None:
+        raise ConfigError("run.rounds=null and run.tokens=null: set one of them, it says when the run is done")
+    for key in ("rounds", "tokens", "report_every"):
+        value = getattr(cfg.run, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"run.{key}={value} must be at least 1: set it to a positive number")
+    if cfg.ckpt.resume not in ("auto", "never"):
+        raise ConfigError(f"ckpt.resume={cfg.ckpt.resume} is not known: set it to auto or never")
+    if cfg.ckpt.every < 1 or cfg.ckpt.keep < 1:
+        raise ConfigError(f"ckpt.every={cfg.ckpt.every} and ckpt.keep={cfg.ckpt.keep} must be at least 1: raise them")
+
+
+def _validate_outer(cfg: Config) -> None:
+    outer, elastic = cfg.outer, cfg.elastic
+    if cfg.codec.name not in CODECS:
+        raise ConfigError(f"codec.name={cfg.codec.name} is not known: set codec to one of {', '.join(CODECS)}")
+    if outer.boundary not in ("steps", "first"):
+        raise ConfigError(f"outer.boundary={outer.boundary} is not known: set it to steps or first")
+    if outer.fragments < 1 or outer.sync_every < 1 or outer.sync_every % outer.fragments:
+        raise ConfigError(
+            f"outer.sync_every={outer.sync_every} is not a multiple of outer.fragments={outer.fragments}: fragments sync "
+            f"in turn every H / fragments inner steps, so set outer.sync_every to a multiple"
+        )
+    if not 0 <= outer.momentum < 1 or outer.lr <= 0:
+        raise ConfigError(f"outer.lr={outer.lr} and outer.momentum={outer.momentum}: set lr > 0 and 0 <= momentum < 1")
+    if not 1 <= elastic.min_regions or elastic.start_regions < elastic.min_regions:
+        raise ConfigError(
+            f"elastic.start_regions={elastic.start_regions} and elastic.min_regions={elastic.min_regions}: "
+            "set 1 <= min_regions <= start_regions"
+        )

@@ -1,0 +1,263 @@
+"""Training data: a random-access token stream, and the seeded order in which its samples are read.
+
+A sample is a *window* of seq_len + 1 tokens; windows step by seq_len, so that every token but the first is
+predicted once an epoch. The order is computed, never stored: global sample index i is window `permute(...)`
+of epoch i // train_windows, on every machine alike. Who may read which indices is the ledger's business
+(diloco/ledger.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diloco.errors import ConfigError
+
+_MASK = (1 << 64) - 1
+_FEISTEL_ROUNDS = 6
+# Of the standard library: what others installed there, and tests, which are half of it, full of tables and
+# not in every build of Python.
+_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+@dataclass
+class DataConfig:
+    """What to train on."""
+
+    source: str = "diloco.data.text_bytes"
+    """Dotted path of a callable: (DataConfig) -> TokenSource."""
+    path: list[str] | str | None = None
+    """Files or directories. None: the source of Python's own standard library, which is always there."""
+    pattern: str | None = None
+    """Glob below a directory; None: every file (the standard library: every .py)."""
+    holdout: float = 0.02
+    """Share of the windows that is kept for evaluation, 0 to 0.5."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """For sources of your own."""
+
+
+class Tokens(Protocol):
+    """A long 1-D array of token ids that need not be in memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, where: slice, /) -> np.ndarray: ...
+
+
+class TokenSource(Protocol):
+    """What a data source is: its tokens, and what one has to know of them."""
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of the original text per token, on average: for bits per byte."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the data, hex: regions that disagree on it must not train together."""
+        ...
+
+    @property
+    def tokens(self) -> Tokens: ...
+
+
+def build_source(cfg: DataConfig) -> TokenSource:
+    """The source that `data.source` names. Raises ConfigError."""
+    module, _, name = cfg.source.rpartition(".")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"data.source={cfg.source} cannot be loaded ({error}): set it to the dotted path of a "
+            "function that takes a DataConfig and returns a TokenSource, such as diloco.data.text_bytes"
+        ) from error
+    source: TokenSource = factory(cfg)
+    return source
+
+
+# ---- bytes of text files ----
+
+
+@lru_cache(maxsize=4096)
+def _mapped(path: Path) -> np.ndarray:
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+class FileTokens:
+    """The bytes of many files as one uint8 array; files are memory-mapped when they are first read."""
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
+        self._paths = list(paths)
+        self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """uint8 [stop - start]; slices of step 1 only."""
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError("tokens are read in slices of step 1")
+        parts = []
+        file = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[file])
+            data = _mapped(self._paths[file])
+            offset = start - (end - len(data))
+            parts.append(data[offset : offset + min(stop, end) - start])
+            start, file = end, file + 1
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class ByteSource:
+    """Text as its bytes: vocabulary 256, one byte per token."""
+
+    tokens: FileTokens
+    digest: str
+    vocab: int = 256
+    bytes_per_token: float = 1.0
+
+
+def text_bytes(cfg: DataConfig) -> ByteSource:
+    """The bytes of `data.path`'s files, one after the other: paths in the order given, files of a directory
+    sorted by their relative path. Raises ConfigError if nothing is there. The digest is of the joined
+    bytes."""
+    paths = [path for path in _files(cfg) if path.stat().st_size]
+    if not paths:
+        raise ConfigError(
+            f"data.path={cfg.path} holds no text (data.pattern={cfg.pattern}): set data.path to files or "
+            "directories that do, or to null for the source of Python's standard library"
+        )
+    return ByteSource(FileTokens(paths, [path.stat().st_size for path in paths]), _sha256(paths))
+
+
+def _files(cfg: DataConfig) -> Iterable[Path]:
+    if cfg.path is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        yield from (
+            p for p in _below(root, cfg.pattern or "**/*.py") if not _SKIPPED & set(p.relative_to(root).parts)
+        )
+        return
+    for name in [cfg.path] if isinstance(cfg.path, str) else cfg.path:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ConfigError(
+                f"data.path={name} does not exist: set data.path to existing files or directories"
+            )
+        yield from _below(path, cfg.pattern or "**/*") if path.is_dir() else [path]
+
+
+def _below(root: Path, pattern: str) -> list[Path]:
+    """Regular files, sorted the same on every machine; what is hidden stays so."""
+    if pattern.startswith("/"):
+        raise ConfigError(
+            f"data.pattern={pattern} is absolute: set it to a glob below data.path, such as **/*.txt"
+        )
+    files = {path.relative_to(root).as_posix(): path for path in root.glob(pattern) if path.is_file()}
+    return [
+        files[name] for name in sorted(files) if not any(part.startswith(".") for part in name.split("/"))
+    ]
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- order ----
+
+
+def permute(i: int, n: int, seed: int) -> int:
+    """Where i goes in a seeded permutation of range(n): a balanced Feistel network over the smallest even
+    number of bits that holds n, walked until it lands below n again (cycle walking, Black and Rogaway 2002),
+    four tries at the most on average. Integers only, so the same on every machine. Raises ValueError unless 0
+    <= i < n."""
+    if not 0 <= i < n:
+        raise ValueError(f"{i} is not in range({n})")
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    keys = [_mix(seed + k) for k in range(_FEISTEL_ROUNDS)]
+    i = _feistel(i, half, keys)
+    while i >= n:
+        i = _feistel(i, half, keys)
+    return i
+
+
+def _feistel(i: int, half: int, keys: Sequence[int]) -> int:
+    mask = (1 << half) - 1
+    left, right = i >> half, i & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return left << half | right
+
+
+def _mix(x: int) -> int:
+    """splitmix64 (Steele, Lea and Flood 2014): 64 bits in, 64 well-mixed bits out."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
+    return x ^ x >> 31
+
+
+class Dataset:
+    """Samples of a source by global index, and its held-out windows.
+
+    Every k-th window (k = 1 / holdout, rounded) is held out: spread evenly, and the same whatever the seed.
+    """
+
+    def __init__(self, source: TokenSource, seq_len: int, holdout: float, seed: int) -> None:
+        """Raises ConfigError if the data is too short for one training and, if holdout > 0, one held-out
+        window."""
+        if not 0 <= holdout <= 0.5:
+            raise ConfigError(f"data.holdout={holdout} is not a share from 0 to 0.5: set it to about 0.02")
+        self.source, self.seq_len, self.seed = source, seq_len, seed
+        self._every = round(1 / holdout) if holdout else 0
+        windows = max(0, (len(source.tokens) - 1) // seq_len)
+        self.heldout_windows = windows // self._every if self._every else 0
+        self.train_windows = windows - self.heldout_windows
+        needed = max(1, self._every)
+        if windows < needed:
+            raise ConfigError(
+                f"inner.seq_len={seq_len} is too long for the data: its {len(source.tokens):,} tokens are "
+                f"{windows} windows, and data.holdout={holdout} needs {needed}: set a shorter "
+                "inner.seq_len, or give more data"
+            )
+
+    def sample(self, index: int) -> np.ndarray:
+        """int64 [seq_len + 1]: the training sample of a global index >= 0; epochs follow each other without
+        end."""
+        epoch, i = divmod(index, self.train_windows)
+        t = permute(i, self.train_windows, _mix(self.seed ^ _mix(epoch)))
+        return self._window(t + t // (self._every - 1) if self._every else t)
+
+    def batch(self, indices: Iterable[int]) -> Tensor:
+        """int64 [n, seq_len + 1]: the training samples of n global indices."""
+        return torch.from_numpy(np.stack([self.sample(index) for index in indices]))
+
+    def heldout(self, i: int) -> np.ndarray:
+        """int64 [seq_len + 1]: held-out window i. Raises IndexError unless 0 <= i < heldout_windows."""
+        if not 0 <= i < self.heldout_windows:
+            raise IndexError(f"held-out window {i} of {self.heldout_windows}")
+        return self._window(i * self._every + self._every - 1)
+
+    def _window(self, w: int) -> np.ndarray:
+        start = w * self.seq_len
+        return np.asarray(self.source.tokens[start : start + self.seq_len + 1], dtype=np.int64)

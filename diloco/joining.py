@@ -1,0 +1,379 @@
+"""Opening or joining a run: from a built Trainer to a member that takes part in rounds, and out again."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import socket
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ckpt.checkpoint import DamagedError, verify
+from ckpt.store import Store, StoreError
+from diloco.checkpoints import Checkpoints
+from diloco.config import Config
+from diloco.control import Control, Order, RunLedger
+from diloco.errors import ConfigError
+from diloco.fragments import digest
+from diloco.journal import PROTOCOL, Journal, Settings, State, canonical, entry_hash, fold, fold_all
+from diloco.trainer import Links, Trainer
+from elastic import recovery
+from elastic.coordinator import Coordinator, Timing
+from elastic.exchange import Exchanger
+from elastic.lighthouse import LighthouseError, Membership, find_or_serve, host_port, is_local
+from elastic.node import Identity, Node
+from elastic.ranks import Ranks, follow
+from elastic.rounds import Rounds
+
+PATIENCE = 120.0
+"""Seconds without an order after which the main loop counts as hung and heartbeats stop."""
+
+
+def store_url(cfg: Config) -> str:
+    return cfg.run.store or f"{cfg.run.dir}/store"
+
+
+def join(trainer: Trainer, stack: ExitStack) -> None:
+    """Collective. Raises ConfigError, before anything is written, if this region does not fit the run."""
+    cfg, region = trainer.cfg, trainer.region
+    store = Store(store_url(cfg))
+    journal = Journal(store)
+    if region.rank == 0:
+        _lighthouse(cfg, stack)
+        _read_first(journal, cfg)
+    entries = _open(trainer, store, journal)
+    state = fold_all(entries)
+    assert state is not None
+    trainer.state = state
+    if region.rank == 0:
+        _check(cfg, state, trainer.fingerprint())
+    _connect(trainer, store, journal, stack)
+    while not _load(trainer, journal, entries):
+        pass
+    endpoints = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
+    _become_member(trainer, journal, endpoints)
+    if region.rank == 0:
+        _take_control(trainer, journal, endpoints, stack)
+    trainer.report.open(trainer)
+
+
+def _lighthouse(cfg: Config, stack: ExitStack) -> None:
+    try:
+        server = find_or_serve(cfg.elastic.lighthouse)
+    except LighthouseError as error:
+        raise ConfigError(str(error)) from error
+    if server is not None:
+        print(f"lighthouse: none answered, started one at {cfg.elastic.lighthouse}", flush=True)
+        stack.callback(server.shutdown)
+
+
+def _read_first(journal: Journal, cfg: Config) -> None:
+    try:
+        journal.read()
+        if journal.state is None:
+            journal.store.prove()  # type: ignore[attr-defined]
+    except StoreError as error:
+        raise ConfigError(f"run.store={store_url(cfg)} cannot hold a run: {error}") from error
+
+
+# The run
+
+
+def settings_of(cfg: Config) -> Settings:
+    max_local = cfg.elastic.max_local_steps or 4 * cfg.outer.sync_every
+    return Settings(
+        sync_every=cfg.outer.sync_every,
+        lr=cfg.outer.lr,
+        momentum=cfg.outer.momentum,
+        boundary=cfg.outer.boundary,
+        rounds=cfg.run.rounds,
+        tokens=cfg.run.tokens,
+        seq_len=cfg.inner.seq_len,
+        seed=cfg.run.seed,
+        ahead=max_local + cfg.outer.sync_every,
+        lease_rounds=cfg.elastic.lease_rounds,
+        codec=cfg.codec.name,
+    )
+
+
+def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
+    """The journal's entries so far, the same on all ranks. Opens the run if there is none: theta_0 is stored first, then
+    `open` is created; if another region was faster, its run it is."""
+    region = trainer.region
+    empty = region.rank == 0 and journal.state is None
+    run = region.broadcast_bytes(secrets.token_hex(8).encode() if empty else None).decode()
+    if run:
+        checkpoints = Checkpoints(store, run, region, trainer.shards, trainer.cfg.ckpt.keep)
+        for f in range(len(trainer.fragments)):
+            theta = trainer.shards.read(f)
+            trainer.planes.load(f, 0, theta, torch.zeros_like(theta))
+        prefix = checkpoints.save_first(trainer.planes)
+        if region.rank == 0:
+            fields = {
+                "kind": "open",
+                "protocol": PROTOCOL,
+                "run": run,
+                "checkpoint": prefix,
+                "fingerprint": trainer.fingerprint(),
+                "settings": asdict(settings_of(trainer.cfg)),
+            }
+            journal.append(fields)
+    return _spread(trainer, _reread(journal) if region.rank == 0 else [])
+
+
+def _reread(journal: Journal) -> list[bytes]:
+    """All entries from 0."""
+    journal.state = None
+    return journal.read()
+
+
+def _spread(trainer: Trainer, entries: list[bytes]) -> list[bytes]:
+    data = trainer.region.broadcast_bytes(json.dumps([e.decode() for e in entries]).encode())
+    return [entry.encode() for entry in json.loads(data)]
+
+
+def _check(cfg: Config, state: State, mine: dict[str, Any]) -> None:
+    """This region and the run fit. Raises ConfigError with both values."""
+    where = f"the run in {store_url(cfg)}"
+    if cfg.ckpt.resume == "never" and state.seq > 0:
+        raise ConfigError(f"ckpt.resume=never, but {where} has {state.rounds} rounds: set run.dir to a new directory")
+    for key, value in state.fingerprint.items():
+        if mine.get(key) != value:
+            raise ConfigError(
+                f"{where} is of another kind, {key} is {value} there and {mine.get(key)} here: use its settings, or set "
+                "run.dir to a new directory"
+            )
+    if state.stopped is not None:
+        raise ConfigError(f"{where} has ended ({state.stopped}): set run.dir to a new directory")
+    for key, value in asdict(settings_of(cfg)).items():
+        if getattr(state.settings, key) != value:
+            print(f"warning: {key}={value} is ignored, the run was opened with {getattr(state.settings, key)}", flush=True)
+
+
+# The network
+
+
+def _connect(trainer: Trainer, store: Store, journal: Journal, stack: ExitStack) -> None:
+    """A listening port for every rank, with its handlers; nobody knows of it before `join` is in the journal."""
+    cfg, region, state = trainer.cfg, trainer.region, trainer.state
+    member = f"{cfg.region.name}_{secrets.randbelow(10**9)}"
+    member = region.broadcast_bytes(member.encode() if region.rank == 0 else None).decode()
+    node = Node(_host(cfg))
+    stack.callback(node.close)
+    node.identity = Identity(state.run, canonical(dict(state.fingerprint)).decode(), member, region.rank)
+    exchanger = Exchanger(node, trainer.averaging, region.rank, cfg.elastic.stall_timeout)
+    recovery.serve(node, trainer.serve_blocks)
+    if region.rank != 0:
+        follow(node, exchanger)
+    checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
+    trainer.links = Links(member, node, exchanger, store, checkpoints)
+
+
+def _host(cfg: Config) -> str:
+    if cfg.elastic.host:
+        return cfg.elastic.host
+    host, port = host_port(cfg.elastic.lighthouse)
+    if is_local(host):
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing; tells which of our addresses leads there
+        return str(probe.getsockname()[0])
+
+
+# The state
+
+
+def _load(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
+    """Theta and momentum from a member that is alive, else from the store. Collective. False: look again."""
+    region, links = trainer.region, trainer.links
+    plan = region.broadcast_bytes(json.dumps(_choose(trainer, journal, entries)).encode() if region.rank == 0 else None)
+    choice = json.loads(plan)
+    if choice["entries"]:
+        for entry in choice["entries"]:
+            entries.append(entry.encode())
+            trainer.state = fold(trainer.state, entries[-1])
+        return False
+    if choice["donors"]:
+        return _load_from(trainer, [tuple(d) for d in choice["donors"]])
+    links.checkpoints.load(choice["manifest"], trainer.planes, trainer.state)
+    trainer.adopt()
+    if (own := choice["own"]) is not None:
+        links.checkpoints.load_own(own, trainer.inner)
+        trainer.resume_from(own["progress"])
+    if region.rank == 0:
+        how = "with its inner state" if own else "with fresh inner state"
+        print(f"{links.member}: state after {trainer.state.rounds} rounds from {choice['manifest']['prefix']}, {how}", flush=True)
+    return True
+
+
+def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[str, Any]:
+    """Rank 0: where to load from; or the entries that appeared meanwhile, a `rewind` of our own among them."""
+    choice: dict[str, Any] = {"entries": [], "donors": [], "manifest": None, "own": None}
+    choice["entries"] = [entry.decode() for entry in journal.read()]
+    if choice["entries"]:
+        return choice
+    state, links = trainer.state, trainer.links
+    choice["donors"] = _alive(links.node, state)
+    if choice["donors"]:
+        return choice
+    manifest = _newest_usable(links.checkpoints, state, entries)
+    lost = [e for e in map(json.loads, entries[manifest["seq"] + 1 :]) if e["kind"] == "round"]
+    if lost and max(e["seq"] for e in lost) > state.epoch:
+        print(
+            f"{links.member}: {len(lost)} round(s) were committed after the newest checkpoint, and no member that has them "
+            f"can be reached: going back to entry {manifest['seq']}",
+            flush=True,
+        )
+        journal.append({"kind": "rewind", "checkpoint": manifest["prefix"], "counters": manifest["counters"]})
+        choice["entries"] = [entry.decode() for entry in journal.read()]
+        return choice
+    choice["manifest"] = manifest
+    choice["own"] = links.checkpoints.find_own(trainer.cfg.region.name, manifest["seq"], manifest["hash"])
+    return choice
+
+
+def _alive(node: Node, state: State) -> list[tuple[str, ...]]:
+    """The endpoints of the members whose rank 0 answers."""
+    found = []
+    for member in state.members.values():
+        try:
+            connection, _ = node.dial(member.endpoints[0], "fetch", 10.0)
+        except OSError:
+            continue  # a member of an earlier life
+        node.release(connection)
+        found.append(member.endpoints)
+    return found
+
+
+def _newest_usable(checkpoints: Checkpoints, state: State, entries: list[bytes]) -> dict[str, Any]:
+    """The newest checkpoint of this journal and epoch whose every byte verifies. Raises ConfigError if there is none."""
+    for manifest in checkpoints.candidates():
+        seq = manifest["seq"]
+        known = seq == 0 or (seq < len(entries) and entry_hash(entries[seq]) == manifest["hash"])
+        if not known or (seq < state.epoch and manifest["prefix"] != state.checkpoint):
+            continue
+        try:
+            verify(checkpoints.store, manifest)
+        except DamagedError as error:
+            print(f"checkpoint {manifest['prefix']} is passed over: {error}", flush=True)
+            continue
+        return manifest
+    raise ConfigError(
+        f"run.store={checkpoints.store.url} has no checkpoint that is whole: restore one, or set run.dir to a new directory"
+    )
+
+
+def _load_from(trainer: Trainer, donors: list[tuple[str, ...]]) -> bool:
+    """Every rank fetches its own slices. False if that did not give one whole state: then the journal has moved on, or
+    the donor is gone."""
+    mine = []
+    for fragment in trainer.fragments:
+        f = fragment.index
+        try:
+            fetched = [
+                recovery.fetch(trainer.links.node, donors, fragment.blocks, plane, f, *trainer.planes.slices[f])
+                for plane in ("theta", "momentum")
+            ]
+        except OSError as error:
+            print(f"{trainer.links.member}: {error}", flush=True)
+            mine.append({-1})
+            continue
+        bases = {piece.base for pieces in fetched for piece in pieces} or {trainer.state.fragments[f].base}
+        mine.append(bases)
+        if len(bases) == 1:
+            flats = [torch.cat([torch.empty(0), *(p.data.view(torch.float32) for p in pieces)]) for pieces in fetched]
+            trainer.planes.load(f, bases.copy().pop(), *flats)
+    everyone = [json.loads(data) for data in trainer.region.gather_bytes(json.dumps([sorted(b) for b in mine]).encode())]
+    for f, fragment in enumerate(trainer.state.fragments):
+        bases = {base for rank in everyone for base in rank[f]}
+        if len(bases) != 1 or min(bases) < fragment.base:
+            time.sleep(0.2)  # a round commits there just now
+            return False
+    trainer.adopt()
+    if trainer.region.rank == 0:
+        print(f"{trainer.links.member}: state after {trainer.state.rounds} rounds from a member that is alive", flush=True)
+    return True
+
+
+def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> None:
+    """Appends `join` and applies what came before it. Collective."""
+    region = trainer.region
+    while trainer.links.member not in trainer.state.members:
+        new: list[bytes] = []
+        if region.rank == 0:
+            fields = {
+                "kind": "join",
+                "member": trainer.links.member,
+                "region": trainer.cfg.region.name,
+                "endpoints": endpoints,
+                "samples_per_step": trainer.cfg.inner.batch,
+            }
+            journal.append(fields)
+            new = journal.read()
+        for entry in _spread(trainer, new):
+            trainer.apply(entry)
+        if trainer.state.stopped is not None:
+            return
+
+
+def _take_control(trainer: Trainer, journal: Journal, endpoints: list[str], stack: ExitStack) -> None:
+    """Rank 0: from now on the coordinator's thread owns the journal."""
+    cfg, links = trainer.cfg, trainer.links
+    ranks = Ranks(links.node, links.exchanger, endpoints)
+    machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions)
+    timing = Timing(cfg.elastic.peer_timeout, cfg.elastic.stall_timeout)
+    links.coordinator = Coordinator(links.node, ranks, RunLedger(journal), machine, timing, digest)
+    links.journal = journal
+    max_local = trainer.state.settings.ahead - trainer.state.settings.sync_every
+    links.control = Control(links.coordinator, links.member, cfg.inner.batch, max_local)
+    control = links.control
+    links.membership = Membership(
+        cfg.elastic.lighthouse,
+        links.member,
+        endpoints[0],
+        trainer.state.run,
+        lambda: time.monotonic() - control.alive_at < PATIENCE,
+        links.coordinator.meet,
+    )
+    stack.callback(links.membership.close)
+    links.coordinator.seek = links.membership.ask
+    links.coordinator.meet({m.id: m.endpoints[0] for m in trainer.state.members.values()})
+    links.membership.ask()
+    links.coordinator.start()
+
+
+def leave_on_signals(trainer: Trainer) -> None:
+    """SIGTERM or Ctrl-C: leave at the next boundary of the loop; a second one exits at once."""
+
+    def handler(number: int, _: object) -> None:
+        control = trainer.links.control
+        if control is None or control.leaving:
+            if trainer.region.rank == 0:
+                sys.exit(128 + number)
+            return
+        control.leaving = f"asked to leave ({signal.Signals(number).name})"
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def depart(trainer: Trainer, order: Order) -> None:
+    """Says goodbye to the peers, and to the journal unless the run has stopped. Collective."""
+    links = trainer.links
+    if links.coordinator is None or links.journal is None:
+        return
+    links.coordinator.close()
+    journal = links.journal
+    for _ in range(10):
+        journal.read()
+        if journal.state is None or journal.state.stopped is not None or links.member not in journal.state.members:
+            break
+        if journal.append({"kind": "leave", "member": links.member}):
+            break
+    print(f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True)

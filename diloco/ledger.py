@@ -1,0 +1,103 @@
+"""Who trains on which samples: leases on ranges of the endless, permuted sample order. Pure.
+
+Indices below `cursor` have been handed out. Always: cursor = applied + leased + returned (`pool`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Samples [start, stop) of one member; those below `applied` are in a committed round."""
+
+    id: int
+    start: int
+    stop: int
+    applied: int
+
+    @property
+    def left(self) -> int:
+        return self.stop - self.applied
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Samples [start, stop) that `region` gave back unused; they go first to the region that had them."""
+
+    region: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    cursor: int = 0
+    next_id: int = 0
+    applied: int = 0
+    pool: tuple[Returned, ...] = ()
+
+    def grant(self, region: str, samples: int) -> tuple[Ledger, tuple[Lease, ...]]:
+        """Leases on `samples` samples: the region's own returned ranges in order, then others', then fresh ones."""
+        ledger, leases = self, []
+        queue = sorted(self.pool, key=lambda r: (r.region != region, r.start))
+        while samples > 0:
+            if queue:
+                source = queue.pop(0)
+                taken = min(samples, source.stop - source.start)
+                rest = replace(source, start=source.start + taken)
+                pool = tuple(r for r in ledger.pool if r != source) + ((rest,) if rest.start < rest.stop else ())
+                start, ledger = source.start, replace(ledger, pool=pool)
+            else:
+                taken, start = samples, ledger.cursor
+                ledger = replace(ledger, cursor=start + taken)
+            leases.append(Lease(ledger.next_id, start, start + taken, start))
+            ledger = replace(ledger, next_id=ledger.next_id + 1)
+            samples -= taken
+        return ledger, tuple(leases)
+
+    def give_back(self, region: str, leases: Iterable[Lease]) -> Ledger:
+        """What is left of `leases` returns to the pool."""
+        back = tuple(Returned(region, lease.applied, lease.stop) for lease in leases if lease.left)
+        return replace(self, pool=self.pool + back)
+
+    def apply(self, leases: tuple[Lease, ...], used: dict[int, int]) -> tuple[Ledger, tuple[Lease, ...], int]:
+        """Marks samples as applied, once. used: lease id -> index below which the contribution used its samples.
+        Returns the ledger, the leases that still have samples, and how many samples were newly applied."""
+        done = tuple(replace(lease, applied=max(lease.applied, used.get(lease.id, 0))) for lease in leases)
+        count = sum(new.applied - old.applied for new, old in zip(done, leases, strict=True))
+        return replace(self, applied=self.applied + count), tuple(x for x in done if x.left), count
+
+
+class LeaseReader:
+    """A member's own place in its leases: which samples come next, and how far each lease is used. Not shared."""
+
+    def __init__(self) -> None:
+        self.used: dict[int, int] = {}
+        self._leases: tuple[Lease, ...] = ()
+
+    def update(self, leases: tuple[Lease, ...]) -> None:
+        """Takes over what the fold grants; the place in leases already begun is kept."""
+        self._leases = leases
+        self.used = {x.id: max(x.applied, self.used.get(x.id, x.start)) for x in leases}
+
+    def available(self) -> int:
+        return sum(x.stop - self.used[x.id] for x in self._leases)
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` sample indices. Raises ValueError if the leases hold fewer: wait for a round."""
+        if count > self.available():
+            raise ValueError(f"{count} samples asked of leases that hold {self.available()}")
+        indices: list[int] = []
+        for lease in self._leases:
+            begin = self.used[lease.id]
+            end = min(lease.stop, begin + count - len(indices))
+            indices.extend(range(begin, end))
+            self.used[lease.id] = end
+        return indices
+
+    def claims(self) -> list[list[int]]:
+        """[[lease id, used up to]]: what an answer says of the samples behind it."""
+        return [[x.id, self.used[x.id]] for x in self._leases if self.used[x.id] > x.applied]

@@ -1,0 +1,354 @@
+"""Rank 0's control thread: feeds the round state machine and carries out what it decides.
+
+It owns the control connections to the other regions' rank 0, the journal, the timers, and the hand on this region's own
+ranks (`Ranks`). The main loop talks to it through `post` and `take`; no inner step ever waits for it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from elastic import rounds
+from elastic.exchange import Order, Outcome, Party
+from elastic.node import Node, Refused
+from elastic.ranks import Ranks
+from elastic.wire import Connection, Message, WireError
+
+TICK = 0.25
+POLL = 2.0
+"""Seconds between two looks at the journal while nobody points at a new entry."""
+
+
+class Ledger(Protocol):
+    """The journal, as the coordinator needs it."""
+
+    def read(self) -> list[bytes]: ...
+    def append(self, fields: Message) -> bool: ...
+    def view(self) -> rounds.View: ...
+    def endpoints(self) -> dict[str, tuple[str, ...]]:
+        """Endpoints of the current members' ranks."""
+        ...
+
+    def weight(self, answer: Message) -> float: ...
+    def closing(self) -> Message | None:
+        """The entry that ends the run, if it is due."""
+        ...
+
+
+@dataclass
+class Peer:
+    connection: Connection
+    dialler: str
+
+
+@dataclass
+class Timing:
+    peer_timeout: float = 5.0
+    stall_timeout: float = 30.0
+
+    def delay(self, kind: str) -> float:
+        """Seconds until an alarm of this kind."""
+        base = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0}[kind]
+        return base * (1 + random.random())
+
+
+@dataclass
+class Commands:
+    """What the coordinator wants of the main loop. Taken as a whole, entries first."""
+
+    entries: list[bytes] = field(default_factory=list)
+    asks: list[rounds.Ask] = field(default_factory=list)
+    halt: str | None = None
+
+
+class Coordinator(threading.Thread):
+    """Start it once the region is connected; `post` events to it, `take` its commands."""
+
+    def __init__(
+        self,
+        node: Node,
+        ranks: Ranks,
+        ledger: Ledger,
+        machine: rounds.Rounds,
+        timing: Timing,
+        combine: Callable[[bytes], str],
+    ) -> None:
+        super().__init__(name="coordinator", daemon=True)
+        self.node, self.ranks, self.ledger, self.machine = node, ranks, ledger, machine
+        self.timing, self.combine = timing, combine
+        self.seek: Callable[[], None] = lambda: None
+        """Asks the lighthouse who is there."""
+        self.outcomes: dict[str, list[Outcome]] = {}
+        """attempt -> how it went at each rank of this region, in rank order."""
+        self.peers: dict[str, Peer] = {}
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._alarms: list[tuple[float, int, rounds.Alarm]] = []
+        self._counter = 0
+        self._commands = Commands()
+        self._ready = threading.Condition()
+        self._dialling: set[str] = set()
+        self._closing = False
+        self._poll_at = self._alive_at = 0.0
+        node.handlers["control"] = self._serve
+        ranks.on_outcome = self._outcome
+
+    # The main loop's side
+
+    def post(self, event: rounds.Event) -> None:
+        self._inbox.put(event)
+
+    def take(self, timeout: float = 0.0) -> Commands:
+        """The commands since the last call; waits up to `timeout` seconds for some."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._commands != Commands(), timeout)
+            commands, self._commands = self._commands, Commands()
+            return commands
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the coordinator's thread, which alone touches the journal."""
+        self._inbox.put(action)
+
+    def connected(self) -> list[str]:
+        return sorted(self.peers)
+
+    def lonely(self) -> bool:
+        """Too few regions are connected for a round."""
+        return len(self.peers) + 1 < self.machine.wanted()
+
+    def meet(self, found: dict[str, str]) -> None:
+        """Dials members ({member: endpoint of rank 0}) that are not connected yet. Any thread."""
+        for member, endpoint in found.items():
+            if member not in self.peers and member not in self._dialling and member != self.machine.me:
+                self._dialling.add(member)
+                threading.Thread(target=self._dial, args=(member, endpoint), daemon=True).start()
+
+    def close(self) -> None:
+        """Says goodbye to the peers, so that they need not wait for a time-out, and ends the thread."""
+        self._closing = True
+        self.join(timeout=5)
+        for peer in list(self.peers.values()):
+            self._send(peer.connection, {"type": "bye"})
+            self.node.release(peer.connection)
+
+    # The thread
+
+    def run(self) -> None:
+        try:
+            self._read()
+            while not self._closing:
+                self._step()
+        except Exception as error:  # a bug or a broken journal: the main loop must end, not wait for ever
+            self._command(halt=f"{type(error).__name__}: {error}")
+            raise
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        due = self._alarms[0][0] - now if self._alarms else TICK
+        try:
+            self._dispatch(self._inbox.get(timeout=max(0.0, min(due, TICK))))
+        except queue.Empty:
+            pass
+        while self._alarms and self._alarms[0][0] <= time.monotonic():
+            self._feed(heapq.heappop(self._alarms)[2])
+        self._keep_alive()
+        if time.monotonic() >= self._poll_at:
+            self._read()
+
+    def _dispatch(self, item: Any) -> None:
+        if callable(item):
+            item()
+        elif isinstance(item, Outcome):
+            self._finished(item)
+        else:
+            self._feed(item)
+
+    def _feed(self, event: rounds.Event) -> None:
+        actions = deque(self.machine.handle(event))
+        while actions:
+            follow = self._perform(actions.popleft())
+            if follow is not None:
+                actions.extend(self.machine.handle(follow))
+
+    def _perform(self, action: rounds.Action) -> rounds.Event | None:
+        match action:
+            case rounds.Send(member, message):
+                if peer := self.peers.get(member):
+                    self._send(peer.connection, message)
+            case rounds.Ask():
+                self._command(asks=[action])
+            case rounds.Exchange():
+                self._exchange(action)
+            case rounds.Cancel(attempt):
+                self.ranks.cancel(attempt)
+            case rounds.Append(fields):
+                return self._append(fields, action)
+            case rounds.Read():
+                return self._fold()
+            case rounds.SetAlarm(alarm, kind):
+                self._set_alarm(alarm, kind)
+            case rounds.Halt(reason):
+                self._command(halt=reason)
+        return None
+
+    def _set_alarm(self, alarm: rounds.Alarm, kind: str) -> None:
+        self._counter += 1
+        heapq.heappush(self._alarms, (time.monotonic() + self.timing.delay(kind), self._counter, alarm))
+
+    def _command(self, **what: Any) -> None:
+        with self._ready:
+            for name, value in what.items():
+                old = getattr(self._commands, name)
+                setattr(self._commands, name, old + value if isinstance(value, list) else old or value)
+            self._ready.notify_all()
+
+    # The journal
+
+    def _append(self, fields: Message, action: rounds.Append) -> rounds.Event | None:
+        try:
+            won = self.ledger.append(fields)
+        except OSError as error:  # the store is away: training goes on, the commit is tried again
+            print(f"journal: {error}; trying again", flush=True)
+            self._set_alarm(rounds.Alarm("append", fields["fragment"], fields["attempt"]), "retry")
+            return None
+        view = self._fold()
+        if won and view is not None:
+            self._broadcast({"type": "head", "head": view.seq})
+        return view
+
+    def _fold(self) -> rounds.View | None:
+        self._poll_at = time.monotonic() + POLL
+        try:
+            entries = self.ledger.read()
+            if (closing := self.ledger.closing()) is not None:
+                self.ledger.append(closing)
+                entries += self.ledger.read()
+        except OSError as error:
+            print(f"journal: {error}; trying again", flush=True)
+            return None
+        if entries:
+            self._command(entries=entries)
+            self.meet({m: e[0] for m, e in self.ledger.endpoints().items()})
+        return self.ledger.view()
+
+    def _read(self) -> None:
+        if (view := self._fold()) is not None:
+            self._feed(view)
+
+    # Exchanges in this region
+
+    def _exchange(self, action: rounds.Exchange) -> None:
+        endpoints = self.ledger.endpoints()
+        parties = tuple(
+            Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers
+        )
+        me = [party.member for party in parties].index(self.machine.me)
+        self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, me))
+
+    def _outcome(self, rank: int, outcome: Outcome) -> None:
+        self._inbox.put(outcome)
+
+    def _finished(self, outcome: Outcome) -> None:
+        """A rank is done; the region is when all are. One failure fails the attempt for the region."""
+        if outcome.digests is None:
+            if outcome.reason != "cancelled":
+                print(f"round: {outcome.reason}; given up, a new attempt follows", flush=True)
+            self._feed(rounds.ExchangeFailed(outcome.attempt, outcome.suspects))
+        elif (done := self.ranks.complete(outcome.attempt)) is not None:
+            self.outcomes[outcome.attempt] = done
+            digest = self.combine(b"".join(o.digests or b"" for o in done))
+            self._feed(rounds.Exchanged(outcome.attempt, digest))
+
+    # Peers
+
+    def _serve(self, connection: Connection, hello: Message) -> None:
+        self._talk(hello["member"], connection, dialler=hello["member"])
+
+    def _dial(self, member: str, endpoint: str) -> None:
+        try:
+            connection, hello = self.node.dial(endpoint, "control")
+        except Refused as error:
+            print(f"peer {member} at {endpoint}: {error}", flush=True)
+            return
+        except OSError:
+            return  # not there (any more): the lighthouse, or its own dialling, will tell
+        finally:
+            self._dialling.discard(member)
+        self._talk(hello["member"], connection, dialler=self.machine.me)
+        self.node.release(connection)
+
+    def _talk(self, member: str, connection: Connection, dialler: str) -> None:
+        """Receives on one control connection until it breaks."""
+        connection.sock.settimeout(self.timing.peer_timeout)
+        self._inbox.put(lambda: self._arrived(member, connection, dialler))
+        try:
+            while True:
+                message, _ = connection.receive()
+                if message.get("type") == "bye":
+                    return
+                self._inbox.put(lambda m=message: self._heard(member, connection, m))
+        except (WireError, OSError):
+            pass  # gone: reported below
+        finally:
+            self._inbox.put(lambda: self._lost(member, connection))
+
+    def _arrived(self, member: str, connection: Connection, dialler: str) -> None:
+        """When two members dialled each other at once, both keep the connection that the lower one dialled; what was
+        said on the other may be lost, so its end counts as the peer's."""
+        old = self.peers.get(member)
+        if old is not None and old.dialler <= dialler:
+            connection.close()
+            return
+        self.peers[member] = Peer(connection, dialler)
+        if old is not None:
+            old.connection.close()
+            self._feed(rounds.PeerGone(member))
+        self.seek()
+        self._tell_view()
+
+    def _lost(self, member: str, connection: Connection) -> None:
+        peer = self.peers.get(member)
+        if peer is None or peer.connection is not connection:
+            return
+        del self.peers[member]
+        self.seek()
+        self._tell_view()
+        self._feed(rounds.PeerGone(member))
+
+    def _heard(self, member: str, connection: Connection, message: Message) -> None:
+        if member not in self.peers:
+            return
+        try:
+            if message.get("type") == "sees":
+                self._feed(rounds.PeerSeen(member, frozenset(map(str, message["members"]))))
+            else:
+                self._feed(rounds.Received(member, message))
+        except (KeyError, TypeError, ValueError) as error:
+            print(f"peer {member}: malformed message dropped, and the connection with it: {error!r}", flush=True)
+            connection.close()
+
+    def _tell_view(self) -> None:
+        self._broadcast({"type": "sees", "members": sorted(self.peers)})
+
+    def _keep_alive(self) -> None:
+        """A sign of life every second: the list of peers."""
+        if time.monotonic() - self._alive_at > 1.0:
+            self._alive_at = time.monotonic()
+            self._tell_view()
+
+    def _broadcast(self, message: Message) -> None:
+        for peer in list(self.peers.values()):
+            self._send(peer.connection, message)
+
+    def _send(self, connection: Connection, message: Message) -> None:
+        try:
+            connection.send(message)
+        except OSError:
+            connection.close()  # its receiving thread reports the loss

@@ -1,0 +1,510 @@
+"""The round state machine of one member: events in, actions out. Pure: no socket, no clock, no store.
+
+A round of a fragment goes: propose - answer - start - exchange - held - append. Safety rests on the journal alone (one
+entry per seq, valid against the entries before it); everything here serves progress. `docs/protocol.md` has the rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class View:
+    """What the journal says, folded up to `seq`. The machine needs no more of it."""
+
+    seq: int
+    epoch: int
+    bases: tuple[int, ...]
+    members: tuple[str, ...]
+    stopped: bool = False
+    first: bool = True
+    """No round has been committed yet."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """This member reached its boundary for `fragment`."""
+
+    fragment: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The main loop took the snapshot that an `Ask` asked for. answer: tokens, steps, norm, digests, leases ..."""
+
+    fragment: int
+    epoch: int
+    base: int
+    answer: Message
+
+
+@dataclass(frozen=True)
+class PeerSeen:
+    """A control connection to `member` stands, and says which members `member` is connected to itself."""
+
+    member: str
+    sees: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PeerGone:
+    """The last control connection to `member` broke, or it said goodbye."""
+
+    member: str
+
+
+@dataclass(frozen=True)
+class Received:
+    sender: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """All ranks of this region hold the whole result of `attempt`."""
+
+    attempt: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ExchangeFailed:
+    attempt: str
+    suspects: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A timer that `SetAlarm` asked for."""
+
+    name: str
+    fragment: int
+    attempt: str
+
+
+Event = View | Due | Answered | PeerSeen | PeerGone | Received | Exchanged | ExchangeFailed | Alarm
+
+
+# Actions
+
+
+@dataclass(frozen=True)
+class Send:
+    member: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The main loop shall snapshot `fragment` at its next boundary and report `Answered`."""
+
+    fragment: int
+    epoch: int
+    base: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    attempt: str
+    fragment: int
+    epoch: int
+    base: int
+    answers: tuple[Message, ...]
+    """In member order."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    attempt: str
+
+
+@dataclass(frozen=True)
+class Append:
+    """Try to create this journal entry at the next seq; read the journal afterwards, whatever came of it."""
+
+    fields: Message
+
+
+@dataclass(frozen=True)
+class Read:
+    """Read the journal and report a `View`, also if nothing is new."""
+
+
+@dataclass(frozen=True)
+class SetAlarm:
+    alarm: Alarm
+    kind: str
+    """jitter: a short random time; patience: longer than the lowest member needs to append; minority: longer than
+    detection plus an exchange."""
+
+
+@dataclass(frozen=True)
+class Halt:
+    """This member cannot go on; `reason` is one sentence."""
+
+    reason: str
+
+
+Action = Send | Ask | Exchange | Cancel | Append | Read | SetAlarm | Halt
+
+
+@dataclass(frozen=True)
+class Proposal:
+    fragment: int
+    epoch: int
+    base: int
+    head: int
+    number: int
+    proposer: str
+    members: tuple[str, ...]
+
+    def beats(self, other: Proposal | None) -> bool:
+        """The highest number wins, then the lowest proposer."""
+        return other is None or (-self.number, self.proposer) < (-other.number, other.proposer)
+
+    def message(self, kind: str, **more: Any) -> Message:
+        return {"type": kind, **self.__dict__, "members": list(self.members), **more}
+
+
+def parse_proposal(message: Message) -> Proposal:
+    """Raises KeyError, TypeError or ValueError on a malformed message."""
+    numbers = {k: int(message[k]) for k in ("fragment", "epoch", "base", "head", "number")}
+    return Proposal(**numbers, proposer=str(message["proposer"]), members=tuple(map(str, message["members"])))
+
+
+def attempt_id(proposal: Proposal, answers: list[Message]) -> str:
+    """The hash of the proposal and the list of answers: who computes the same id exchanges the same thing."""
+    data = json.dumps([proposal.message("start"), answers], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(data.encode()).hexdigest()[:32]
+
+
+@dataclass
+class Flight:
+    """A fragment's round from the first sign of it until the journal decides."""
+
+    epoch: int
+    base: int
+    due: bool = False
+    asked: bool = False
+    answer: Message | None = None
+    best: Proposal | None = None
+    number: int = 0
+    answers: dict[str, Message] = field(default_factory=dict)
+    started: tuple[Message, ...] = ()
+    attempt: str = ""
+    held: dict[str, dict[str, str]] = field(default_factory=dict)
+    """attempt -> member -> digest of the result that it holds."""
+    waited: int = -1
+    """Head for which the minority wait is over."""
+
+
+class Rounds:
+    """handle(event) -> actions. One instance per member, driven by one thread."""
+
+    def __init__(self, me: str, start_regions: int = 1, min_regions: int = 1) -> None:
+        self.me = me
+        self.start_regions = start_regions
+        self.min_regions = min_regions
+        self.view: View | None = None
+        self.peers: dict[str, frozenset[str]] = {}
+        self.flights: dict[int, Flight] = {}
+        self.ahead: list[tuple[str, Message]] = []
+        """Messages about entries that are not folded yet."""
+
+    def handle(self, event: Event) -> list[Action]:
+        match event:
+            case View():
+                return list(self._folded(event))
+            case Due(fragment):
+                return list(self._due(fragment))
+            case Answered():
+                return list(self._answered(event))
+            case PeerSeen(member, sees):
+                self.peers[member] = sees
+                return list(self._propose_all())
+            case PeerGone(member):
+                self.peers.pop(member, None)
+                return list(self._gone(member))
+            case Received(sender, message):
+                return list(self._received(sender, message))
+            case Exchanged(attempt, digest):
+                return list(self._exchanged(attempt, digest))
+            case ExchangeFailed(attempt, _):
+                return list(self._give_up_attempt(attempt))
+            case Alarm():
+                return list(self._alarm(event))
+
+    def flight(self, fragment: int) -> Flight:
+        assert self.view is not None
+        key = Flight(self.view.epoch, self.view.bases[fragment])
+        return self.flights.setdefault(fragment, key)
+
+    # The journal moved
+
+    def _folded(self, view: View) -> Iterator[Action]:
+        self.view = view
+        for fragment, flight in list(self.flights.items()):
+            if view.stopped or (flight.epoch, flight.base) != (view.epoch, view.bases[fragment]):
+                if flight.attempt:
+                    yield Cancel(flight.attempt)
+                del self.flights[fragment]
+        waiting, self.ahead = self.ahead, []
+        for sender, message in waiting:
+            yield from self._received(sender, message)
+        for fragment, flight in self.flights.items():
+            yield from self._try_append(fragment, flight)
+        yield from self._propose_all()
+
+    # Proposing
+
+    def _due(self, fragment: int) -> Iterator[Action]:
+        self.flight(fragment).due = True
+        yield from self._propose(fragment)
+
+    def _propose_all(self) -> Iterator[Action]:
+        for fragment in list(self.flights):
+            yield from self._propose(fragment)
+
+    def wanted(self) -> int:
+        """How many members a round needs."""
+        return self.start_regions if self.view is None or self.view.first else self.min_regions
+
+    def connected(self) -> tuple[str, ...]:
+        """Current members that this one and they all see: whom a proposal may name."""
+        assert self.view is not None
+        current = set(self.view.members)
+        names = [self.me] if self.me in current else []
+        for peer in sorted(self.peers):
+            if peer in current and all(n == self.me or n in self.peers[peer] for n in names) and self.me in self.peers[peer]:
+                names.append(peer)
+        return tuple(sorted(names))
+
+    def _propose(self, fragment: int) -> Iterator[Action]:
+        view, flight = self.view, self.flights.get(fragment)
+        if view is None or view.stopped or flight is None or not flight.due or flight.best:
+            return
+        members = self.connected()
+        if self.me not in members or len(members) < self.wanted():
+            return
+        if 2 * len(members) < len(view.members) and flight.waited != view.seq:
+            yield SetAlarm(Alarm("minority", fragment, str(view.seq)), "minority")
+            return
+        proposal = Proposal(
+            fragment, flight.epoch, flight.base, view.seq, flight.number + 1, self.me, members
+        )
+        for member in members:
+            if member != self.me:
+                yield Send(member, proposal.message("propose"))
+        yield from self._adopt(proposal)
+
+    def _adopt(self, proposal: Proposal) -> Iterator[Action]:
+        flight = self.flight(proposal.fragment)
+        if flight.attempt:
+            yield Cancel(flight.attempt)
+        flight.best, flight.number = proposal, proposal.number
+        flight.answers, flight.started, flight.attempt = {}, (), ""
+        if flight.answer is not None:
+            yield from self._send_answer(proposal, flight.answer)
+        elif not flight.asked:
+            flight.asked = True
+            yield Ask(proposal.fragment, flight.epoch, flight.base)
+
+    # Answering
+
+    def _answered(self, event: Answered) -> Iterator[Action]:
+        flight = self.flights.get(event.fragment)
+        if flight is None or (flight.epoch, flight.base) != (event.epoch, event.base):
+            return
+        flight.answer = {**event.answer, "member": self.me}
+        if flight.best is not None:
+            yield from self._send_answer(flight.best, flight.answer)
+
+    def _send_answer(self, proposal: Proposal, answer: Message) -> Iterator[Action]:
+        message = proposal.message("answer", answer=answer)
+        if proposal.proposer == self.me:
+            yield from self._collect(self.me, message)
+        else:
+            yield Send(proposal.proposer, message)
+
+    def _collect(self, sender: str, message: Message) -> Iterator[Action]:
+        proposal = parse_proposal(message)
+        flight = self.flights.get(proposal.fragment)
+        if flight is None or flight.best != proposal or proposal.proposer != self.me or flight.attempt:
+            return
+        flight.answers[sender] = {**message["answer"], "member": sender}
+        if set(flight.answers) != set(proposal.members):
+            return
+        answers = [flight.answers[member] for member in proposal.members]
+        odd = odd_ones(answers, self.me)
+        if odd:
+            for member in odd:
+                yield from self._tell(member, {"type": "odd", "fragment": proposal.fragment, "base": proposal.base})
+            yield from self._repropose(proposal.fragment, flight, without=odd)
+            return
+        for member in proposal.members:
+            yield from self._tell(member, proposal.message("start", answers=answers))
+
+    def _repropose(self, fragment: int, flight: Flight, without: set[str]) -> Iterator[Action]:
+        for member in without:
+            self.peers.pop(member, None)
+        flight.best = None
+        yield from self._propose(fragment)
+
+    def _tell(self, member: str, message: Message) -> Iterator[Action]:
+        if member == self.me:
+            yield from self._received(self.me, message)
+        else:
+            yield Send(member, message)
+
+    # Messages
+
+    def _received(self, sender: str, message: Message) -> Iterator[Action]:
+        if self.view is None or int(message.get("head", -1)) > self.view.seq:
+            self.ahead.append((sender, message))
+            yield Read()
+            return
+        match message.get("type"):
+            case "propose":
+                yield from self._proposed(sender, parse_proposal(message))
+            case "answer":
+                yield from self._collect(sender, message)
+            case "start":
+                yield from self._start(message)
+            case "held":
+                yield from self._held(sender, message)
+            case "odd":
+                yield Halt(
+                    f"this region's parameters differ from the other regions' at entry {message['base']}: "
+                    "restart it, and it fetches them anew"
+                )
+
+    def _proposed(self, sender: str, proposal: Proposal) -> Iterator[Action]:
+        view = self.view
+        assert view is not None
+        if proposal.proposer != sender or not 0 <= proposal.fragment < len(view.bases) or view.stopped:
+            return
+        if (proposal.epoch, proposal.base) != (view.epoch, view.bases[proposal.fragment]):
+            yield Send(sender, {"type": "head", "head": view.seq})
+            return
+        if self.me not in proposal.members:
+            return
+        flight = self.flight(proposal.fragment)
+        if proposal == flight.best and flight.answer is not None:
+            yield from self._send_answer(proposal, flight.answer)
+        elif proposal.beats(flight.best) and proposal.number >= flight.number:
+            yield from self._adopt(proposal)
+
+    def _start(self, message: Message) -> Iterator[Action]:
+        proposal, answers = parse_proposal(message), list(message["answers"])
+        flight = self.flights.get(proposal.fragment)
+        if flight is None or flight.best != proposal or flight.attempt or flight.answer not in answers:
+            return
+        if tuple(answer["member"] for answer in answers) != proposal.members:
+            return
+        flight.attempt, flight.started = attempt_id(proposal, answers), tuple(answers)
+        yield Exchange(flight.attempt, proposal.fragment, flight.epoch, flight.base, flight.started)
+
+    # Holding and committing
+
+    def _exchanged(self, attempt: str, digest: str) -> Iterator[Action]:
+        for fragment, flight in self.flights.items():
+            if flight.attempt == attempt and flight.best is not None:
+                flight.held.setdefault(attempt, {})[self.me] = digest
+                message = flight.best.message("held", attempt=attempt, digest=digest)
+                yield from (Send(member, message) for member in flight.best.members if member != self.me)
+                yield from self._try_append(fragment, flight, first=True)
+                return
+
+    def _held(self, sender: str, message: Message) -> Iterator[Action]:
+        flight = self.flights.get(int(message["fragment"]))
+        if flight is None or (flight.epoch, flight.base) != (message["epoch"], message["base"]):
+            return
+        flight.held.setdefault(str(message["attempt"]), {})[sender] = str(message["digest"])
+        yield from self._try_append(int(message["fragment"]), flight, first=True)
+
+    def complete(self, flight: Flight) -> bool:
+        """All members of the attempt, this one included, hold its whole result."""
+        held = flight.held.get(flight.attempt, {})
+        return flight.best is not None and set(flight.best.members) <= set(held)
+
+    def _try_append(self, fragment: int, flight: Flight, first: bool = False) -> Iterator[Action]:
+        """The lowest member appends, and again at each new head; the others when their patience ends."""
+        if not self.complete(flight):
+            return
+        assert flight.best is not None
+        held = flight.held[flight.attempt]
+        if len({held[member] for member in flight.best.members}) > 1:
+            yield Halt(f"the members hold different results of fragment {fragment}: this is a bug, nothing was committed")
+        elif self.me == flight.best.members[0]:
+            yield self._append(fragment, flight)
+        elif first:
+            yield SetAlarm(Alarm("append", fragment, flight.attempt), "patience")
+
+    def _append(self, fragment: int, flight: Flight) -> Append:
+        answers = [{k: v for k, v in a.items() if k not in ("theta", "momentum")} for a in flight.started]
+        return Append(
+            {
+                "kind": "round",
+                "fragment": fragment,
+                "epoch": flight.epoch,
+                "base": flight.base,
+                "attempt": flight.attempt,
+                "answers": answers,
+                "digest": flight.held[flight.attempt][self.me],
+                "theta": flight.started[0]["theta"],
+                "momentum": flight.started[0]["momentum"],
+            }
+        )
+
+    # Giving up
+
+    def _gone(self, member: str) -> Iterator[Action]:
+        for flight in list(self.flights.values()):
+            if flight.best is not None and member in flight.best.members and not self.complete(flight):
+                yield from self._give_up(flight)
+
+    def _give_up_attempt(self, attempt: str) -> Iterator[Action]:
+        for flight in list(self.flights.values()):
+            if flight.attempt == attempt and not self.complete(flight):
+                yield from self._give_up(flight)
+
+    def _give_up(self, flight: Flight) -> Iterator[Action]:
+        """Looks at the journal first; only then, after some jitter, proposes anew with the snapshot it still has."""
+        fragment = next(f for f, x in self.flights.items() if x is flight)
+        if flight.attempt:
+            yield Cancel(flight.attempt)
+        flight.attempt, flight.started, flight.due = "", (), True
+        yield Read()
+        yield SetAlarm(Alarm("again", fragment, str(flight.number)), "jitter")
+
+    def _alarm(self, alarm: Alarm) -> Iterator[Action]:
+        flight = self.flights.get(alarm.fragment)
+        if flight is None or self.view is None:
+            return
+        if alarm.name == "again" and alarm.attempt == str(flight.number) and not flight.attempt:
+            flight.best = None
+            yield from self._propose(alarm.fragment)
+        elif alarm.name == "append" and alarm.attempt == flight.attempt and self.complete(flight):
+            yield self._append(alarm.fragment, flight)
+            yield SetAlarm(alarm, "patience")
+        elif alarm.name == "minority" and alarm.attempt == str(self.view.seq):
+            flight.waited = self.view.seq
+            yield from self._propose(alarm.fragment)
+
+
+def odd_ones(answers: list[Message], me: str) -> set[str]:
+    """Members whose θ or momentum digest differs from the majority's; a tie goes to the side of `me`."""
+    sides = {answer["member"]: (answer["theta"], answer["momentum"]) for answer in answers}
+    votes = list(sides.values())
+    majority = max(set(votes), key=lambda side: (votes.count(side), side == sides[me]))
+    return {member for member, side in sides.items() if side != majority}
