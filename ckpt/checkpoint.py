@@ -84,9 +84,7 @@ def save_shard(store: Store, prefix: str, shard_name: str, pieces: list[Piece]) 
     return {"name": shard_name, "bytes": len(data), "sha256": sha256, "pieces": spans}
 
 
-def commit_manifest(
-    store: Store, prefix: str, body: dict[str, Any], shards: list[dict[str, Any]]
-) -> dict[str, Any]:
+def commit_manifest(store: Store, prefix: str, body: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
     """Create `<prefix>/manifest.json`, which makes the shards a checkpoint. Call it when all are stored.
 
     `body` is anything JSON. Returns what load_manifest will return: the body's keys and `format`, `shards`,
@@ -113,9 +111,7 @@ def load_manifest(store: Store, prefix: str) -> dict[str, Any]:
     key = f"{prefix}/{MANIFEST}"
     with _naming(store, key):
         size = store.size(key)
-        require(
-            size <= format.MAX_MANIFEST, f"has {size} bytes, more than any manifest ({format.MAX_MANIFEST})"
-        )
+        require(size <= format.MAX_MANIFEST, f"has {size} bytes, more than any manifest ({format.MAX_MANIFEST})")
         manifest = format.open_manifest(store.read(key, 0, size))
     return {**manifest, "prefix": prefix}
 
@@ -210,9 +206,7 @@ class Reader:
         return _naming(self._store, f"{self._prefix}/{name}")
 
 
-def read_range(
-    store: Store, manifest: dict[str, Any], plane: str, fragment: int, start: int, stop: int
-) -> Tensor:
+def read_range(store: Store, manifest: dict[str, Any], plane: str, fragment: int, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a fragment of a plane, fp32 on the CPU, whatever mesh wrote them.
 
     Fetches only the bytes of the range and the headers of their shards; keep a Reader for many ranges. The

@@ -95,9 +95,7 @@ def encode_shard(pieces: list[Piece]) -> bytes:
 def _check_piece(piece: Piece) -> None:
     tensor, length = piece.tensor, piece.stop - piece.start
     if not (is_name(piece.plane) and is_count(piece.fragment) and is_count(piece.start)):
-        raise ValueError(
-            f"{piece.plane!r}, {piece.fragment!r}, {piece.start!r} name no plane, fragment and start"
-        )
+        raise ValueError(f"{piece.plane!r}, {piece.fragment!r}, {piece.start!r} name no plane, fragment and start")
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.shape != (length,):
         raise ValueError(
             f"piece {piece.plane}/{piece.fragment} [{piece.start}, {piece.stop}) is {tensor.dtype} of shape "
@@ -139,9 +137,7 @@ def _data_offsets(name: str, entry: Any, elements: int) -> tuple[int, int]:
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))):
         raise FormatError(f"has no offsets for {name} but {offsets!r:.60}")
     start, stop = offsets
-    require(
-        stop - start == 4 * elements, f"has {stop - start} bytes for the {elements} fp32 elements of {name}"
-    )
+    require(stop - start == 4 * elements, f"has {stop - start} bytes for the {elements} fp32 elements of {name}")
     return start, stop
 
 
@@ -149,9 +145,7 @@ def seal(body: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest of a body and its shards, with its digest; ValueError if the body has one of OWN_KEYS."""
     taken = [key for key in OWN_KEYS if key in body]
     if taken:
-        raise ValueError(
-            f"the body of a manifest cannot have the key {taken[0]!r}: that one is the manifest's own"
-        )
+        raise ValueError(f"the body of a manifest cannot have the key {taken[0]!r}: that one is the manifest's own")
     # Through JSON once, so that what is hashed is only what JSON can say: string keys, lists for tuples.
     manifest = json.loads(json.dumps({**body, "format": FORMAT, "shards": shards}, allow_nan=False))
     return {**manifest, "digest": digest(manifest)}
@@ -163,15 +157,11 @@ def encode_json(value: dict[str, Any]) -> bytes:
 
 
 def decode_json(raw: bytes) -> Any:
-    """Parse JSON; FormatError for anything else, NaN and too deep a nesting included."""
+    """Parse JSON; FormatError for anything else, and for too deep a nesting."""
     try:
-        return json.loads(raw, parse_constant=_refuse_constant)
+        return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is not JSON ({str(error)[:100]})") from error
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -197,10 +187,8 @@ def open_manifest(raw: bytes) -> dict[str, Any]:
 def _written_again(manifest: dict[str, Any]) -> tuple[str, bytes]:
     try:
         return digest(manifest), encode_json(manifest)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # 1e999 is read as infinity; nesting that is read but not written
+    except (ValueError, RecursionError) as error:
+        # 1e999 is read as infinity, which is not written; and nesting can be read deeper than written.
         raise FormatError("holds what a manifest cannot hold") from error
 
 
@@ -213,9 +201,7 @@ def spans_of(manifest: dict[str, Any]) -> list[Span]:
     ends: dict[tuple[str, int], int] = {}
     for span in spans:
         end = ends.get((span.plane, span.fragment), 0)
-        require(
-            span.start >= end, f"has {span.tensor_name} overlapping the piece before it, which ends at {end}"
-        )
+        require(span.start >= end, f"has {span.tensor_name} overlapping the piece before it, which ends at {end}")
         require(span.start == end, f"misses elements [{end}, {span.start}) of {span.plane}/{span.fragment}")
         ends[span.plane, span.fragment] = span.stop
     return spans

@@ -108,9 +108,7 @@ class Store:
             held = self._holds(key, data)
             if held is not None:
                 return held
-        raise StoreError(
-            f"{failure} ({CREATE_TRIES} tries; it may or may not have been created)"
-        ) from failure
+        raise StoreError(f"{failure} ({CREATE_TRIES} tries; it may or may not have been created)") from failure
 
     def _holds(self, key: str, data: bytes) -> bool | None:
         """Whether the object has exactly these bytes; None where that cannot be told."""
@@ -210,9 +208,7 @@ class Store:
 
 def _open(url: str) -> tuple[_Backend, str]:
     if not url or "::" in url or _LOST_SLASH.match(url):
-        raise StoreError(
-            f"{url!r} is not a store: give a directory or one fsspec URL such as s3://bucket/run"
-        )
+        raise StoreError(f"{url!r} is not a store: give a directory or one fsspec URL such as s3://bucket/run")
     try:
         # Listings are cached by s3fs: an object of another writer would stay invisible.
         fs, root = url_to_fs(url, use_listings_cache=False)
@@ -360,9 +356,8 @@ class _Remote:
     def find(self, folder: str) -> Iterator[str]:
         inside = f"{self._path(folder)}/"
         for path in self.fs.find(inside.rstrip("/")):
-            if path.startswith(
-                inside
-            ):  # s3fs names an empty folder, or a file of this name, as its own content
+            # s3fs names an empty folder, or a file of this name, as its own content.
+            if path.startswith(inside):
                 yield path.removeprefix(f"{self.root}/")
 
     def sweep(self) -> None:

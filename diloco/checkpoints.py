@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Checkpoints:
         self.store, self.region, self.shards, self.keep = store, region, shards, keep
         self.root = f"checkpoints/{run}"
         self.own_root = f"regions/{run}"
+        self.bits_root = f"rounds/{run}"
 
     # Global: θ, momentum, and the counters that a rewind goes back to
 
@@ -47,16 +48,16 @@ class Checkpoints:
         """Manifests that load, newest first; a damaged one is reported and passed over. Rank 0 asks."""
         return newest(self.store, self.root, _report)
 
-    def load(self, manifest: dict[str, Any], planes: Planes, state: State) -> None:
+    def load(self, manifest: dict[str, Any], planes: Planes) -> None:
         """This rank's slices of θ and momentum."""
         reader = Reader(self.store, manifest)
-        for f, fragment in enumerate(state.fragments):
+        for f, fragment in enumerate(manifest["counters"]["fragments"]):
             theta, momentum = (reader.read(plane, f, *self.shards.span(f)) for plane in PLANES)
-            planes.load(f, fragment.base, theta, momentum)
+            planes.load(f, fragment.get("base", 0), theta, momentum)
 
     def load_prefix(self, state: State, planes: Planes) -> None:
         """From the checkpoint that the current epoch starts from."""
-        self.load(load_manifest(self.store, state.checkpoint), planes, state)
+        self.load(load_manifest(self.store, state.checkpoint), planes)
 
     # A region's own: local parameters, AdamW's moments, and where its steps stand
 
@@ -72,20 +73,52 @@ class Checkpoints:
         self._save(f"{root}/{state.seq}", "r", body, pieces)
         self._prune(root)
 
-    def find_own(self, name: str, seq: int, entry_hash: str) -> dict[str, Any] | None:
-        """The manifest of the region's own planes at exactly this entry, if there is one. Rank 0 asks."""
-        for manifest in newest(self.store, f"{self.own_root}/{name}", _report):
-            if (manifest["seq"], manifest["hash"]) == (seq, entry_hash):
-                return manifest
-        return None
+    def own(self, name: str) -> Iterator[dict[str, Any]]:
+        """Manifests of the region's own planes that load, newest first. Rank 0 asks."""
+        return newest(self.store, f"{self.own_root}/{name}", _report)
 
-    def load_own(self, manifest: dict[str, Any], inner: Inner) -> None:
-        """Local parameters and moments, whatever mesh wrote them."""
+    def load_own(self, manifest: dict[str, Any], inner: Inner, moments_only: bool) -> None:
+        """Local parameters and AdamW's moments, whatever mesh wrote them; or the moments alone."""
         reader = Reader(self.store, manifest)
         inner.materialise()
         for plane, select in _selections(inner).items():
             for f in range(len(self.shards.fragments)):
-                self.shards.write(f, reader.read(plane, f, *self.shards.span(f)), select)
+                if plane in MOMENTS or not moments_only:
+                    self.shards.write(f, reader.read(plane, f, *self.shards.span(f)), select)
+        inner.set_updates(manifest["progress"]["adam"])
+
+    # The bits of rounds, stored before the round is committed. Any thread, any rank
+
+    def save_bits(self, attempt: str, first: int, last: int, bits: Tensor) -> None:
+        """One rank's slice, blocks [first, last), of an attempt's encoded result."""
+        self.store.create(f"{self.bits_root}/{attempt}/{first}-{last}", bits.numpy().tobytes())
+
+    def load_bits(self, attempt: str, first: int, last: int, size: Callable[[int, int], int]) -> Tensor | None:
+        """Blocks [first, last) from whatever slices there are; None if some are missing. size(a, b): bytes of [a, b)."""
+        parts, at = [], first
+        for a, b in sorted(tuple(map(int, key.split("/")[-1].split("-"))) for key in self._bits(attempt)):
+            if a <= at < min(b, last):
+                stop = min(b, last)
+                data = self.store.read(f"{self.bits_root}/{attempt}/{a}-{b}", size(a, at), size(a, stop))
+                parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+                at = stop
+        return torch.cat([torch.empty(0, dtype=torch.uint8), *parts]) if at == last else None
+
+    def has_bits(self, attempt: str, blocks: int) -> bool:
+        """Whether all blocks of the attempt's result are stored."""
+        at = 0
+        for a, b in sorted(tuple(map(int, key.split("/")[-1].split("-"))) for key in self._bits(attempt)):
+            at = b if a <= at else at
+        return at >= blocks
+
+    def drop_bits(self, attempts: Iterable[str]) -> None:
+        """Of rounds that every kept checkpoint includes."""
+        for attempt in attempts:
+            for key in self._bits(attempt):
+                self.store.delete(key)
+
+    def _bits(self, attempt: str) -> list[str]:
+        return self.store.list(f"{self.bits_root}/{attempt}/")
 
     def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: list[Piece]) -> str:
         record = save_shard(self.store, prefix, f"{shard}{self.region.rank}", pieces)
@@ -95,12 +128,19 @@ class Checkpoints:
         self.region.barrier()
         return prefix
 
+    def oldest(self) -> int:
+        """seq of the oldest checkpoint that is kept, the first aside."""
+        return min(self._numbers(self.root)[1:], default=0)
+
+    def _numbers(self, root: str) -> list[int]:
+        keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
+        return sorted(int(key.split("/")[-2]) for key in keys)
+
     def _prune(self, root: str) -> None:
         """Keeps the first and the last `keep`; the manifest goes first, so that nothing half there looks whole."""
         if self.region.rank != 0:
             return
-        keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
-        numbers = sorted(int(key.split("/")[-2]) for key in keys)
+        numbers = self._numbers(root)
         for number in [n for n in numbers[: -self.keep] if n != 0]:
             self.store.delete(f"{root}/{number}/manifest.json")
             for key in self.store.list(f"{root}/{number}/"):

@@ -67,6 +67,9 @@ class CkptConfig:
     """Rounds between two checkpoints; one is written at the end in any case."""
     keep: int = 3
     """Checkpoints that are kept besides the first."""
+    durable: bool = True
+    """Store a round's bits before it is committed: then nothing committed is ever lost, at one upload of the encoded
+    parameters per round. false: if every region dies at once, the run goes back to the newest checkpoint."""
     resume: str = "auto"
     """auto: go on from the newest state of the run if there is one; never: refuse to."""
 
@@ -102,7 +105,8 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys that there are."""
     found: list[str] = []
     for name, hint in typing.get_type_hints(cls).items():
-        found += keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+        group = dataclasses.is_dataclass(hint)
+        found += keys(typing.cast(type, hint), f"{prefix}{name}.") if group else [prefix + name]
     return found
 
 
@@ -123,7 +127,9 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{key}={value} is not a group: set the keys below it, such as {keys(hints[name])[0]}")
+                raise ConfigError(
+                    f"{key}={value} is not a group: set the keys below it, such as {keys(typing.cast(type, hints[name]))[0]}"
+                )
             built[name] = _build(typing.cast(type, hints[name]), value, f"{key}.")
         else:
             built[name] = _convert(value, hints[name], key)
@@ -131,7 +137,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    if isinstance(value, bool) and hint is not bool or not _fits(value, hint):
+    if (isinstance(value, bool) and hint is not bool) or not _fits(value, hint):
         name = getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
         raise ConfigError(f"{key}={value!r} is not of the type {name}: set it to a value of that type")
     return float(value) if hint is float else value
@@ -168,7 +174,9 @@ def validate(cfg: Config, world: int) -> None:
 def _validate_run(cfg: Config) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", cfg.region.name):
         shown = f"region.name={cfg.region.name!r} is not a name" if cfg.region.name else "no region is named"
-        raise ConfigError(f"{shown}: add +region=eu, +region=us or +region=asia, or region.name=NAME (letters, digits, . and -)")
+        raise ConfigError(
+            f"{shown}: add +region=eu, +region=us or +region=asia, or region.name=NAME (letters, digits, . and -)"
+        )
     if cfg.run.rounds is None and cfg.run.tokens is None:
         raise ConfigError("run.rounds=null and run.tokens=null: set one of them, it says when the run is done")
     for key in ("rounds", "tokens", "report_every"):
@@ -194,7 +202,7 @@ def _validate_outer(cfg: Config) -> None:
         )
     if not 0 <= outer.momentum < 1 or outer.lr <= 0:
         raise ConfigError(f"outer.lr={outer.lr} and outer.momentum={outer.momentum}: set lr > 0 and 0 <= momentum < 1")
-    if not 1 <= elastic.min_regions or elastic.start_regions < elastic.min_regions:
+    if not elastic.min_regions >= 1 or elastic.start_regions < elastic.min_regions:
         raise ConfigError(
             f"elastic.start_regions={elastic.start_regions} and elastic.min_regions={elastic.min_regions}: "
             "set 1 <= min_regions <= start_regions"

@@ -34,7 +34,9 @@ class Order:
         if not data:
             return Order(step=True)
         order = Order(**json.loads(data))
-        order.ask = tuple(order.ask) if order.ask else None
+        if order.ask:
+            fragment, epoch, base = order.ask
+            order.ask = (fragment, epoch, base)
         return order
 
 
@@ -98,6 +100,7 @@ class Control:
         self.waited = 0.0
         """Seconds in which the region neither trained nor evaluated."""
         self.alive_at = time.monotonic()
+        self._told = False
         self._asks: list[rounds.Ask] = []
         self._due: tuple[int, int] | None = None
         """(fragment, base) of the boundary that the coordinator knows of."""
@@ -109,6 +112,7 @@ class Control:
         if self.member not in state.members:
             return Order(end=f"{self.member} is not a member any more: its region joined again, or its leases expired")
         self._announce(state, status)
+        self._explain(state)
         may_step = self._may_step(state, status)
         commands = self.coordinator.take(0.0 if may_step else 0.5)
         if not may_step:
@@ -119,6 +123,13 @@ class Control:
         if commands.entries:
             return Order(entries=[data.decode() for data in commands.entries])
         return self._ask(state, status) or Order(step=may_step)
+
+    def _explain(self, state: State) -> None:
+        """Says once why nothing happens yet."""
+        if state.ledger.cursor == 0 and not self._told:
+            here, wanted = ", ".join(sorted(state.members)), state.settings.start_regions
+            print(f"{self.member}: waiting for elastic.start_regions={wanted} regions, here: {here}", flush=True)
+            self._told = True
 
     def _announce(self, state: State, status: Status) -> None:
         """Tells the coordinator, once, that this region reached its boundary."""

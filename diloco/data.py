@@ -149,29 +149,21 @@ def text_bytes(cfg: DataConfig) -> ByteSource:
 def _files(cfg: DataConfig) -> Iterable[Path]:
     if cfg.path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        yield from (
-            p for p in _below(root, cfg.pattern or "**/*.py") if not _SKIPPED & set(p.relative_to(root).parts)
-        )
+        yield from (p for p in _below(root, cfg.pattern or "**/*.py") if not _SKIPPED & set(p.relative_to(root).parts))
         return
     for name in [cfg.path] if isinstance(cfg.path, str) else cfg.path:
         path = Path(name).expanduser()
         if not path.exists():
-            raise ConfigError(
-                f"data.path={name} does not exist: set data.path to existing files or directories"
-            )
+            raise ConfigError(f"data.path={name} does not exist: set data.path to existing files or directories")
         yield from _below(path, cfg.pattern or "**/*") if path.is_dir() else [path]
 
 
 def _below(root: Path, pattern: str) -> list[Path]:
     """Regular files, sorted the same on every machine; what is hidden stays so."""
     if pattern.startswith("/"):
-        raise ConfigError(
-            f"data.pattern={pattern} is absolute: set it to a glob below data.path, such as **/*.txt"
-        )
+        raise ConfigError(f"data.pattern={pattern} is absolute: set it to a glob below data.path, such as **/*.txt")
     files = {path.relative_to(root).as_posix(): path for path in root.glob(pattern) if path.is_file()}
-    return [
-        files[name] for name in sorted(files) if not any(part.startswith(".") for part in name.split("/"))
-    ]
+    return [files[name] for name in sorted(files) if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def _sha256(paths: Iterable[Path]) -> str:

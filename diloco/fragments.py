@@ -83,7 +83,7 @@ def _slots(parameters: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[Slot]:
 
 def block_digests(flat: torch.Tensor, block: int) -> bytes:
     """sha256 of each block of a contiguous 1-D CPU tensor, concatenated: 32 bytes a block. `flat` starts at a block."""
-    data = memoryview(flat.contiguous().view(torch.uint8).numpy())
+    data = flat.contiguous().view(torch.uint8).numpy().data
     step = block * flat.element_size()
     return b"".join(hashlib.sha256(data[i : i + step]).digest() for i in range(0, len(data), step))
 

@@ -60,9 +60,7 @@ def validate(cfg: InnerConfig, dp: int = 1) -> None:
         raise ConfigError(f"inner.cooldown={cfg.cooldown} is too long: set it to {room}")
     if cfg.batch % dp:
         near = -(-cfg.batch // dp) * dp
-        raise ConfigError(
-            f"inner.batch={cfg.batch} does not split over {dp} FSDP ranks: set it to {near}, say"
-        )
+        raise ConfigError(f"inner.batch={cfg.batch} does not split over {dp} FSDP ranks: set it to {near}, say")
     if cfg.micro_batch and (cfg.batch // dp) % cfg.micro_batch:
         raise ConfigError(
             f"inner.micro_batch={cfg.micro_batch} does not divide the {cfg.batch // dp} sequences of each "
@@ -176,9 +174,7 @@ def _with_z_loss(loss_fn: Loss, z_loss: float) -> Loss:
     try:
         inspect.signature(loss_fn).bind(None, None, z_loss=z_loss)
     except TypeError:
-        sentence = (
-            f"inner.z_loss={z_loss}, but model.loss takes no z_loss: set inner.z_loss=0, or add the argument"
-        )
+        sentence = f"inner.z_loss={z_loss}, but model.loss takes no z_loss: set inner.z_loss=0, or add the argument"
         raise ConfigError(sentence) from None
     return partial(loss_fn, z_loss=z_loss)
 

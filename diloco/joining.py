@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ckpt.checkpoint import DamagedError, verify
 from ckpt.store import Store, StoreError
 from diloco.checkpoints import Checkpoints
 from diloco.config import Config
 from diloco.control import Control, Order, RunLedger
 from diloco.errors import ConfigError
 from diloco.fragments import digest
-from diloco.journal import PROTOCOL, Journal, Settings, State, canonical, entry_hash, fold, fold_all
+from diloco.journal import PROTOCOL, Journal, Settings, State, canonical, fold_all
+from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
 from elastic.coordinator import Coordinator, Timing
@@ -54,7 +54,7 @@ def join(trainer: Trainer, stack: ExitStack) -> None:
     if region.rank == 0:
         _check(cfg, state, trainer.fingerprint())
     _connect(trainer, store, journal, stack)
-    while not _load(trainer, journal, entries):
+    while not restore(trainer, journal, entries):
         pass
     endpoints = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
     _become_member(trainer, journal, endpoints)
@@ -98,7 +98,7 @@ def settings_of(cfg: Config) -> Settings:
         seed=cfg.run.seed,
         ahead=max_local + cfg.outer.sync_every,
         lease_rounds=cfg.elastic.lease_rounds,
-        codec=cfg.codec.name,
+        start_regions=cfg.elastic.start_regions,
     )
 
 
@@ -153,7 +153,9 @@ def _check(cfg: Config, state: State, mine: dict[str, Any]) -> None:
         raise ConfigError(f"{where} has ended ({state.stopped}): set run.dir to a new directory")
     for key, value in asdict(settings_of(cfg)).items():
         if getattr(state.settings, key) != value:
-            print(f"warning: {key}={value} is ignored, the run was opened with {getattr(state.settings, key)}", flush=True)
+            print(
+                f"warning: {key}={value} is ignored, the run was opened with {getattr(state.settings, key)}", flush=True
+            )
 
 
 # The network
@@ -172,6 +174,8 @@ def _connect(trainer: Trainer, store: Store, journal: Journal, stack: ExitStack)
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
+    if cfg.ckpt.durable:
+        exchanger.keep = checkpoints.save_bits
     trainer.links = Links(member, node, exchanger, store, checkpoints)
 
 
@@ -186,119 +190,7 @@ def _host(cfg: Config) -> str:
         return str(probe.getsockname()[0])
 
 
-# The state
-
-
-def _load(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
-    """Theta and momentum from a member that is alive, else from the store. Collective. False: look again."""
-    region, links = trainer.region, trainer.links
-    plan = region.broadcast_bytes(json.dumps(_choose(trainer, journal, entries)).encode() if region.rank == 0 else None)
-    choice = json.loads(plan)
-    if choice["entries"]:
-        for entry in choice["entries"]:
-            entries.append(entry.encode())
-            trainer.state = fold(trainer.state, entries[-1])
-        return False
-    if choice["donors"]:
-        return _load_from(trainer, [tuple(d) for d in choice["donors"]])
-    links.checkpoints.load(choice["manifest"], trainer.planes, trainer.state)
-    trainer.adopt()
-    if (own := choice["own"]) is not None:
-        links.checkpoints.load_own(own, trainer.inner)
-        trainer.resume_from(own["progress"])
-    if region.rank == 0:
-        how = "with its inner state" if own else "with fresh inner state"
-        print(f"{links.member}: state after {trainer.state.rounds} rounds from {choice['manifest']['prefix']}, {how}", flush=True)
-    return True
-
-
-def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[str, Any]:
-    """Rank 0: where to load from; or the entries that appeared meanwhile, a `rewind` of our own among them."""
-    choice: dict[str, Any] = {"entries": [], "donors": [], "manifest": None, "own": None}
-    choice["entries"] = [entry.decode() for entry in journal.read()]
-    if choice["entries"]:
-        return choice
-    state, links = trainer.state, trainer.links
-    choice["donors"] = _alive(links.node, state)
-    if choice["donors"]:
-        return choice
-    manifest = _newest_usable(links.checkpoints, state, entries)
-    lost = [e for e in map(json.loads, entries[manifest["seq"] + 1 :]) if e["kind"] == "round"]
-    if lost and max(e["seq"] for e in lost) > state.epoch:
-        print(
-            f"{links.member}: {len(lost)} round(s) were committed after the newest checkpoint, and no member that has them "
-            f"can be reached: going back to entry {manifest['seq']}",
-            flush=True,
-        )
-        journal.append({"kind": "rewind", "checkpoint": manifest["prefix"], "counters": manifest["counters"]})
-        choice["entries"] = [entry.decode() for entry in journal.read()]
-        return choice
-    choice["manifest"] = manifest
-    choice["own"] = links.checkpoints.find_own(trainer.cfg.region.name, manifest["seq"], manifest["hash"])
-    return choice
-
-
-def _alive(node: Node, state: State) -> list[tuple[str, ...]]:
-    """The endpoints of the members whose rank 0 answers."""
-    found = []
-    for member in state.members.values():
-        try:
-            connection, _ = node.dial(member.endpoints[0], "fetch", 10.0)
-        except OSError:
-            continue  # a member of an earlier life
-        node.release(connection)
-        found.append(member.endpoints)
-    return found
-
-
-def _newest_usable(checkpoints: Checkpoints, state: State, entries: list[bytes]) -> dict[str, Any]:
-    """The newest checkpoint of this journal and epoch whose every byte verifies. Raises ConfigError if there is none."""
-    for manifest in checkpoints.candidates():
-        seq = manifest["seq"]
-        known = seq == 0 or (seq < len(entries) and entry_hash(entries[seq]) == manifest["hash"])
-        if not known or (seq < state.epoch and manifest["prefix"] != state.checkpoint):
-            continue
-        try:
-            verify(checkpoints.store, manifest)
-        except DamagedError as error:
-            print(f"checkpoint {manifest['prefix']} is passed over: {error}", flush=True)
-            continue
-        return manifest
-    raise ConfigError(
-        f"run.store={checkpoints.store.url} has no checkpoint that is whole: restore one, or set run.dir to a new directory"
-    )
-
-
-def _load_from(trainer: Trainer, donors: list[tuple[str, ...]]) -> bool:
-    """Every rank fetches its own slices. False if that did not give one whole state: then the journal has moved on, or
-    the donor is gone."""
-    mine = []
-    for fragment in trainer.fragments:
-        f = fragment.index
-        try:
-            fetched = [
-                recovery.fetch(trainer.links.node, donors, fragment.blocks, plane, f, *trainer.planes.slices[f])
-                for plane in ("theta", "momentum")
-            ]
-        except OSError as error:
-            print(f"{trainer.links.member}: {error}", flush=True)
-            mine.append({-1})
-            continue
-        bases = {piece.base for pieces in fetched for piece in pieces} or {trainer.state.fragments[f].base}
-        mine.append(bases)
-        if len(bases) == 1:
-            flats = [torch.cat([torch.empty(0), *(p.data.view(torch.float32) for p in pieces)]) for pieces in fetched]
-            trainer.planes.load(f, bases.copy().pop(), *flats)
-    everyone = [json.loads(data) for data in trainer.region.gather_bytes(json.dumps([sorted(b) for b in mine]).encode())]
-    for f, fragment in enumerate(trainer.state.fragments):
-        bases = {base for rank in everyone for base in rank[f]}
-        if len(bases) != 1 or min(bases) < fragment.base:
-            time.sleep(0.2)  # a round commits there just now
-            return False
-    trainer.adopt()
-    if trainer.region.rank == 0:
-        print(f"{trainer.links.member}: state after {trainer.state.rounds} rounds from a member that is alive", flush=True)
-    return True
+# Membership
 
 
 def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> None:

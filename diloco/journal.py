@@ -40,7 +40,8 @@ class Settings:
     """Inner steps that a member's leases must be enough for."""
     lease_rounds: int
     """Rounds without a sign of a member after which its leases return and it has to join again."""
-    codec: str
+    start_regions: int
+    """Leases are granted once this many members have joined, in order of their ids: so it does not matter who came first."""
 
     def __post_init__(self) -> None:
         if self.sync_every < 1 or self.ahead < self.sync_every:
@@ -83,7 +84,7 @@ class State:
     epoch: int = 0
     members: Mapping[str, Member] = field(default_factory=dict)
     rounds: int = 0
-    ledger: Ledger = Ledger()
+    ledger: Ledger = field(default_factory=Ledger)
     stopped: str | None = None
 
     @property
@@ -213,13 +214,17 @@ def _open(entry: Entry) -> State:
 
 
 def _join(state: State, entry: Entry) -> State:
-    """Ends earlier ids of the region, then grants the first leases."""
+    """Ends earlier ids of the region, then grants the first leases: to all at once when the run begins."""
     for old in [m.id for m in state.members.values() if m.region == entry["region"]]:
         state = _end(state, old)
     member = Member(
         entry["member"], entry["region"], tuple(entry["endpoints"]), entry["samples_per_step"], (), state.rounds
     )
-    return _top_up(replace(state, members={**state.members, member.id: member}), member.id)
+    state = replace(state, members={**state.members, member.id: member})
+    if state.ledger.cursor > 0:
+        return _top_up(state, member.id)
+    begins = len(state.members) >= state.settings.start_regions
+    return _top_up_all(state) if begins else state
 
 
 def _leave(state: State, entry: Entry) -> State:
@@ -237,9 +242,13 @@ def _top_up(state: State, member: str) -> State:
     mine = state.members[member]
     missing = state.settings.ahead * mine.samples_per_step - sum(lease.left for lease in mine.leases)
     ledger, leases = state.ledger.grant(mine.region, missing)
-    return replace(
-        state, ledger=ledger, members={**state.members, member: replace(mine, leases=mine.leases + leases)}
-    )
+    return replace(state, ledger=ledger, members={**state.members, member: replace(mine, leases=mine.leases + leases)})
+
+
+def _top_up_all(state: State) -> State:
+    for member in sorted(state.members):
+        state = _top_up(state, member)
+    return state
 
 
 def _round(state: State, entry: Entry) -> State:
@@ -278,9 +287,7 @@ def _rewind(state: State, entry: Entry) -> State:
         ledger=ledger,
         members=members,
     )
-    for member_id in sorted(members):
-        state = _top_up(state, member_id)
-    return state
+    return _top_up_all(state)
 
 
 def _stop(state: State, entry: Entry) -> State:
@@ -363,7 +370,9 @@ def main(argv: list[str]) -> int:
     from ckpt.store import Store as RunStore
 
     if len(argv) != 2 or argv[0] != "show":
-        print("usage: python -m diloco.journal show RUN (a run directory, or the URL of a run's store)", file=sys.stderr)
+        print(
+            "usage: python -m diloco.journal show RUN (a run directory, or the URL of a run's store)", file=sys.stderr
+        )
         return 2
     inside = os.path.join(argv[1], "store")
     store = RunStore(inside if os.path.isdir(inside) else argv[1])

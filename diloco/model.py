@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from diloco.errors import ConfigError
 
 INIT_STD = 0.02
+# Under tensor parallelism the logits are a view, of which FSDP warns lest someone writes to it; the loss does not.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPLlama\) returned a view tensor")
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,7 @@ def build_llama(**args: Any) -> Llama:
     fields = {f.name: f for f in dataclasses.fields(LlamaArgs)}
     for name in args.keys() - fields.keys():
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"model.args.{name}={args[name]!r} is not known to Llama: did you mean model.args.{near}?"
-        )
+        raise ConfigError(f"model.args.{name}={args[name]!r} is not known to Llama: did you mean model.args.{near}?")
     for name, field in fields.items():
         if name not in args and field.default is dataclasses.MISSING:
             raise ConfigError(f"model.args.{name} is missing: set it, or choose a shape, model=tiny for one")

@@ -133,8 +133,9 @@ def open_region(cfg: ParallelConfig) -> Region:
 
 
 def _init_process_group(device_type: str, world: int, timeout: timedelta) -> None:
-    # Gloo beside NCCL, because decisions travel as bytes on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "cpu:gloo"
+    # Gloo beside NCCL, because decisions travel as bytes on the CPU. Alone it is "gloo" and not "cpu:gloo", with
+    # which torch 2.13 sets no default backend and each rank warns of that when it closes.
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if world > 1:
         return dist.init_process_group(backend, timeout=timeout)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # no torchrun, no rendezvous

@@ -89,6 +89,8 @@ class Trainer:
         """Inner steps since the last boundary."""
         self.work = [[0, 0] for _ in self.fragments]
         """[steps, tokens] of each fragment since its last contribution that was used."""
+        self.stored: dict[int, str] = {}
+        """seq -> attempt of the rounds whose bits may be in the store."""
         self.at_theta: set[int] = set()
         """Fragments whose local parameters equal theta."""
 
@@ -196,6 +198,7 @@ class Trainer:
         """The outer step of a committed round, and x <- theta' + p with p = x - s if my contribution was used, x - b if
         not (b, my base, is the theta before the step): what I did since is neither lost nor counted twice."""
         f, seq = entry["fragment"], entry["seq"]
+        self.stored[seq] = entry["attempt"]
         if self.planes.bases[f] >= seq:
             return  # these planes came from a peer or a checkpoint that had it already
         used = self.links.member in [answer["member"] for answer in entry["answers"]]
@@ -204,12 +207,11 @@ class Trainer:
         bits = self.links.exchanger.result(entry["attempt"])
         if bits is None:
             bits = self.fetch_bits(entry)
-        gradient = self.averaging.decode(f, *self.planes.slices[f], bits)
         if used and self.since == 0:
             local = torch.zeros(())  # no step since the snapshot: no progress to keep
         else:
             local = self.shards.read(f).sub_(snapshot.flat if used and snapshot else self.planes.theta[f])
-        self.planes.step(f, seq, gradient, before.settings.lr, before.settings.momentum, bits)
+        gradient = self.outer_step(entry, bits)
         self.shards.write(f, self.planes.theta[f] + local)
         if used and snapshot is not None:
             self.work[f] = [self.work[f][0] - snapshot.steps, self.work[f][1] - snapshot.tokens]
@@ -221,16 +223,31 @@ class Trainer:
         self.links.exchanger.decided(key)
         self.after_round(before, entry, gradient)
 
+    def outer_step(self, entry: dict[str, Any], bits: Tensor) -> Tensor:
+        """Theta and momentum after a round, from its bits in this rank's slice. Returns the averaged pseudo-gradient."""
+        f, settings = entry["fragment"], self.state.settings
+        first, last = self.planes.slices[f]
+        gradient = self.averaging.decode(f, first, last, bits)
+        self.planes.step(f, entry["seq"], gradient, settings.lr, settings.momentum, bits)
+        return gradient
+
     def fetch_bits(self, entry: dict[str, Any]) -> Tensor:
-        """This rank's slice of a committed round that it took no part in. Raises OSError if no member has it."""
+        """This rank's slice of a committed round that it took no part in: from a member, else from the store. Raises
+        OSError if nobody has it. Collective."""
         f = entry["fragment"]
         donors = [m.endpoints for m in self.state.members.values() if m.id != self.links.member]
         blocks, (first, last) = self.fragments[f].blocks, self.planes.slices[f]
-        pieces = fetch(self.links.node, donors, blocks, f"bits/{entry['seq']}", f, first, last)
-        bits = torch.cat([piece.data for piece in pieces]) if pieces else torch.empty(0, dtype=torch.uint8)
-        digests = self.averaging.digests(f, first, last, bits)
-        if digest(b"".join(self.region.gather_bytes(digests))) != entry["digest"]:
-            raise OSError(f"the bits of journal entry {entry['seq']} that a member sent do not match the entry's digest")
+        bits: Tensor | None
+        try:
+            pieces = fetch(self.links.node, donors, blocks, f"bits/{entry['seq']}", f, first, last)
+            bits = torch.cat([torch.empty(0, dtype=torch.uint8), *(piece.data for piece in pieces)])
+        except OSError:
+            size = partial(self.averaging.size, f)
+            bits = self.links.checkpoints.load_bits(entry["attempt"], first, last, size)
+        digests = b"" if bits is None else self.averaging.digests(f, first, last, bits)
+        whole = digest(b"".join(self.region.gather_bytes(digests)))
+        if bits is None or whole != entry["digest"]:
+            raise OSError(f"the bits of journal entry {entry['seq']} are neither with a member nor in the store")
         return bits
 
     def serve_blocks(self, plane: str, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
@@ -263,7 +280,6 @@ class Trainer:
     def resume_from(self, progress: dict[str, Any]) -> None:
         """The counters that `save` wrote with this region's own planes."""
         self.steps, self.since, self.work = progress["steps"], progress["since"], progress["work"]
-        self.inner.set_updates(progress["adam"])
         self.at_theta = set(progress["at_theta"])
 
     def after_round(self, before: State, entry: dict[str, Any], gradient: Tensor) -> None:
@@ -298,6 +314,14 @@ class Trainer:
         if mine:
             prefix = checkpoints.save(self.planes, self.state, self.links.member)
             self.report.saved(prefix, self.state.seq)
+            self.drop_bits()
+
+    def drop_bits(self) -> None:
+        """Of rounds that the oldest checkpoint that is kept includes."""
+        if self.region.rank == 0:
+            oldest = self.links.checkpoints.oldest()
+            self.links.checkpoints.drop_bits(a for s, a in self.stored.items() if s <= oldest)
+            self.stored = {s: a for s, a in self.stored.items() if s > oldest}
 
 
 def build_model(cfg: Config, region: Region, vocab: int) -> torch.nn.Module:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -152,10 +153,8 @@ class Coordinator(threading.Thread):
     def _step(self) -> None:
         now = time.monotonic()
         due = self._alarms[0][0] - now if self._alarms else TICK
-        try:
+        with suppress(queue.Empty):
             self._dispatch(self._inbox.get(timeout=max(0.0, min(due, TICK))))
-        except queue.Empty:
-            pass
         while self._alarms and self._alarms[0][0] <= time.monotonic():
             self._feed(heapq.heappop(self._alarms)[2])
         self._keep_alive()
@@ -246,9 +245,7 @@ class Coordinator(threading.Thread):
 
     def _exchange(self, action: rounds.Exchange) -> None:
         endpoints = self.ledger.endpoints()
-        parties = tuple(
-            Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers
-        )
+        parties = tuple(Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers)
         me = [party.member for party in parties].index(self.machine.me)
         self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, me))
 

@@ -165,6 +165,12 @@ class Attempt:
             if self.failed is not None:
                 raise Cancelled
 
+    def pause(self, seconds: float) -> None:
+        """Raises Cancelled if the attempt fails meanwhile."""
+        with self.changed:
+            if self.changed.wait_for(lambda: self.failed is not None, seconds):
+                raise Cancelled
+
 
 class Exchanger:
     """A rank's exchanges: contributions offered, attempts under way, results held until their round is decided."""
@@ -172,6 +178,9 @@ class Exchanger:
     def __init__(self, node: Node, arithmetic: Arithmetic, rank: int, stall: float) -> None:
         self.node, self.arithmetic, self.rank, self.stall = node, arithmetic, rank, stall
         self.on_outcome: Callable[[Outcome], None] = lambda outcome: None
+        self.keep: Callable[[str, int, int, Tensor], None] | None = None
+        """(attempt, first block, last block, result): stores the lowest member's slice before it counts as held, so that
+        a committed round can always be had. May raise OSError; it is tried again then."""
         self._lock = threading.Condition()
         self._offers: dict[Key, Tensor] = {}
         self._attempts: dict[str, Attempt] = {}
@@ -221,6 +230,8 @@ class Exchanger:
             _transfer(self.node, attempt)
             order = attempt.order
             digests = self.arithmetic.digests(order.key[1], attempt.first, attempt.last, attempt.result)
+            if order.me == 0 and attempt.first < attempt.last:
+                self._keep(attempt)
             outcome = Outcome(order.attempt, digests)
         except Cancelled:
             assert attempt.failed is not None
@@ -233,6 +244,14 @@ class Exchanger:
             self._attempts.pop(attempt.order.attempt)
             self._closed.add(attempt.order.attempt)
         self.on_outcome(outcome)
+
+    def _keep(self, attempt: Attempt) -> None:
+        while self.keep is not None:
+            try:
+                return self.keep(attempt.order.attempt, attempt.first, attempt.last, attempt.result)
+            except OSError as error:
+                print(f"round: its bits cannot be stored: {error}; trying again", flush=True)
+                attempt.pause(1.0)
 
     def _serve(self, connection: Connection, hello: Message) -> None:
         """A peer's rank pushes its chunks for one attempt, then `end`."""
@@ -321,7 +340,7 @@ class _Line(threading.Thread):
                     kind, first, last = item
                     source = attempt.contribution if kind == "part" else attempt.result
                     data = attempt.cut(source, first, last)
-                    connection.send({"type": kind, "first": first, "last": last}, memoryview(data.numpy()))
+                    connection.send({"type": kind, "first": first, "last": last}, data.numpy().data)
                 if attempt.failed is None:
                     connection.send({"type": "end"})
             finally:

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 os.environ.setdefault("RUST_LOG", "error")  # it logs every member's data otherwise; read when torchft is imported
 
-from torchft.coordination import LighthouseClient, LighthouseServer, QuorumMember  # noqa: E402
+from torchft.coordination import LighthouseClient, LighthouseServer, QuorumMember
 
 HEARTBEAT_TIMEOUT = 5.0
 """Seconds without a heartbeat after which the lighthouse takes a region for dead."""
@@ -106,7 +106,9 @@ def find_or_serve(address: str, wait: float = 5.0) -> LighthouseServer | None:
         except (RuntimeError, TimeoutError) as error:
             if time.monotonic() > deadline:
                 what = "something that is not a lighthouse answers there" if taken else str(error)
-                raise LighthouseError(f"elastic.lighthouse={address} cannot be used: {what}; name another port") from None
+                raise LighthouseError(
+                    f"elastic.lighthouse={address} cannot be used: {what}; name another port"
+                ) from None
         if not is_local(host) and time.monotonic() > deadline:
             raise LighthouseError(
                 f"elastic.lighthouse={address} does not answer: start one there with "

@@ -58,7 +58,9 @@ class Node:
         self.endpoint = f"{host}:{self._server.getsockname()[1]}"
         threading.Thread(target=self._accept, name="node", daemon=True).start()
 
-    def dial(self, endpoint: str, purpose: str, timeout: float | None = None, **more: Any) -> tuple[Connection, Message]:
+    def dial(
+        self, endpoint: str, purpose: str, timeout: float | None = None, **more: Any
+    ) -> tuple[Connection, Message]:
         """A connection whose hello was accepted, and the peer's own hello. `timeout` (s) is for each later send and
         receive. Raises OSError, Refused among them."""
         assert self.identity is not None

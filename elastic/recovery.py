@@ -45,7 +45,7 @@ def serve(node: Node, read: Read) -> None:
                 connection.send({"type": "none"})
             else:
                 base, data = found
-                connection.send({"type": "blocks", "base": base}, memoryview(data.view(torch.uint8).numpy()))
+                connection.send({"type": "blocks", "base": base}, data.view(torch.uint8).numpy().data)
 
     node.handlers["fetch"] = handler
 
@@ -60,7 +60,9 @@ def fetch(
             return _from_donor(node, endpoints, blocks, plane, fragment, first, last)
         except OSError as error:
             reasons.append(str(error))
-    raise Unavailable(f"no member has {plane} of fragment {fragment}: {'; '.join(reasons) or 'there is no other member'}")
+    raise Unavailable(
+        f"no member has {plane} of fragment {fragment}: {'; '.join(reasons) or 'there is no other member'}"
+    )
 
 
 def _from_donor(

@@ -285,7 +285,11 @@ class Rounds:
         current = set(self.view.members)
         names = [self.me] if self.me in current else []
         for peer in sorted(self.peers):
-            if peer in current and all(n == self.me or n in self.peers[peer] for n in names) and self.me in self.peers[peer]:
+            if (
+                peer in current
+                and all(n == self.me or n in self.peers[peer] for n in names)
+                and self.me in self.peers[peer]
+            ):
                 names.append(peer)
         return tuple(sorted(names))
 
@@ -299,9 +303,7 @@ class Rounds:
         if 2 * len(members) < len(view.members) and flight.waited != view.seq:
             yield SetAlarm(Alarm("minority", fragment, str(view.seq)), "minority")
             return
-        proposal = Proposal(
-            fragment, flight.epoch, flight.base, view.seq, flight.number + 1, self.me, members
-        )
+        proposal = Proposal(fragment, flight.epoch, flight.base, view.seq, flight.number + 1, self.me, members)
         for member in members:
             if member != self.me:
                 yield Send(member, proposal.message("propose"))
@@ -444,7 +446,9 @@ class Rounds:
         assert flight.best is not None
         held = flight.held[flight.attempt]
         if len({held[member] for member in flight.best.members}) > 1:
-            yield Halt(f"the members hold different results of fragment {fragment}: this is a bug, nothing was committed")
+            yield Halt(
+                f"the members hold different results of fragment {fragment}: this is a bug, nothing was committed"
+            )
         elif self.me == flight.best.members[0]:
             yield self._append(fragment, flight)
         elif first:

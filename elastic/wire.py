@@ -3,6 +3,7 @@ a checksum. Nothing that arrives is evaluated."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -65,10 +66,8 @@ class Connection:
 
     def close(self) -> None:
         """Also wakes a thread that is blocked in receive()."""
-        try:
+        with contextlib.suppress(OSError):  # not connected any more
             self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it was not connected any more
         self.sock.close()
 
 

@@ -57,9 +57,7 @@ def run_local(
         try:
             ours = {"run.dir": str(run_dir), "elastic.start_regions": str(len(regions))}
             if find_override(overrides, "elastic.lighthouse") is None:
-                jobs.append(
-                    Job("lighthouse", child_command(lighthouse, "--bind", "127.0.0.1:0"), os.environ, lines)
-                )
+                jobs.append(Job("lighthouse", child_command(lighthouse, "--bind", "127.0.0.1:0"), os.environ, lines))
                 address = _address(jobs[0], lines, stop, say)
                 if address is None:
                     return jobs[0].code or 0
@@ -195,9 +193,7 @@ def chosen_run_dir(overrides: Sequence[str]) -> Path:
     if value is None:
         return new_run_dir()
     if "${" in str(value):
-        raise ConfigError(
-            f"run.dir={value} differs from region to region: under launch.local write a plain path"
-        )
+        raise ConfigError(f"run.dir={value} differs from region to region: under launch.local write a plain path")
     return Path(str(value)).absolute()
 
 

@@ -63,9 +63,7 @@ def _region(entry: Any) -> Region:
     if not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1:
         raise ConfigError(f"regions has nproc={nproc} in {entry}: set it to the number of ranks, 1 or more")
     if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
-        raise ConfigError(
-            f"regions has overrides={overrides} in {entry}: write a list such as [parallel.tp=2]"
-        )
+        raise ConfigError(f"regions has overrides={overrides} in {entry}: write a list such as [parallel.tp=2]")
     return Region(name, nproc, tuple(overrides))
 
 
@@ -74,9 +72,7 @@ def parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(
-            f"{text} is not an override: write key=value, with quotes around odd characters"
-        ) from error
+        raise ConfigError(f"{text} is not an override: write key=value, with quotes around odd characters") from error
 
 
 def find_override(overrides: Sequence[str], key: str) -> Any:

@@ -76,9 +76,7 @@ def _newest_checkpoint(store: Store, state: State) -> str | None:
     return f"{store.url}/{root}/{newest}" if newest else None
 
 
-def summarise(
-    state: State, metrics: Mapping[str, Records], paths: tuple[Path, ...], checkpoint: str | None
-) -> Summary:
+def summarise(state: State, metrics: Mapping[str, Records], paths: tuple[Path, ...], checkpoint: str | None) -> Summary:
     """metrics: every region's records, in order. A round that was seen again after a restart counts once."""
     rounds = {name: {r["seq"]: r for r in of_kind(records, "round")} for name, records in metrics.items()}
     rounds = {name: seen for name, seen in rounds.items() if seen}
@@ -119,9 +117,7 @@ def course(kind: str, regions: Iterable[Records]) -> Course | None:
         return float(sum(records[at][field] for records in known) / len(known))
 
     name = {"step": "training loss", "eval": "held-out loss"}[kind]
-    return Course(
-        name, mean(0, "loss"), mean(-1, "loss"), mean(0, "bits_per_byte"), mean(-1, "bits_per_byte")
-    )
+    return Course(name, mean(0, "loss"), mean(-1, "loss"), mean(0, "bits_per_byte"), mean(-1, "bits_per_byte"))
 
 
 def _data_parallel(records: Records, regions: int) -> float:
@@ -138,7 +134,7 @@ def _data_parallel(records: Records, regions: int) -> float:
 def describe(s: Summary) -> str:
     """The summary for people, a line a fact."""
     rows = [
-        ("run", f"{s.run}: {s.stopped or 'not stopped: the same command goes on with it'}"),
+        ("run", f"{s.run}: {s.stopped or 'not stopped: a start with the same run.dir goes on with it'}"),
         ("rounds", f"{s.rounds} by {', '.join(s.regions) or 'nobody'}"),
         ("tokens", f"{s.tokens:,}"),
         *((c.name, _course_text(c)) for c in s.losses),
@@ -164,12 +160,10 @@ def _sent_text(s: Summary) -> str:
 
 def _digest_text(s: Summary) -> str:
     if s.differing:
-        return (
-            f"DIFFER between regions after journal entries {', '.join(map(str, s.differing))}: this is a bug"
-        )
+        return f"DIFFER between regions after journal entries {', '.join(map(str, s.differing))}: this is a bug"
     if not s.compared:
         return f"{s.digest[:12] or 'none'} (no round was seen by two regions)"
-    return f"equal in all {s.compared} rounds that two regions or more have seen; the last is {s.digest[:12]}"
+    return f"equal in every round that two or more regions have seen ({s.compared}); the last is {s.digest[:12]}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ Optuna (hydra/sweeper=optuna, the extra `optuna`) work too. More regions: `'+reg
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from diloco.errors import ConfigError
 from diloco.metrics import read_metrics
@@ -58,11 +61,7 @@ def split_regions(overrides: Sequence[str]) -> tuple[list[Region], list[str]]:
     name, several = find_override(overrides, "region"), find_override(overrides, "regions")
     if (name is None) == (several is None):
         raise ConfigError("a sweep needs to know its regions: add either +region=eu or '+regions=[eu, us]'")
-    rest = [
-        text
-        for text in overrides
-        if parse_override(text).key_or_group not in ("region", "regions", "run.dir")
-    ]
+    rest = [text for text in overrides if parse_override(text).key_or_group not in ("region", "regions", "run.dir")]
     return check_regions([name] if several is None else several), rest
 
 
@@ -72,9 +71,7 @@ def final_loss(run_dir: Path, regions: Sequence[str]) -> tuple[float, float]:
     found = [r for name in regions for r in read_metrics(run_dir / name / "metrics.jsonl", "eval")]
     last = max(found, key=lambda record: record["round"], default=None)
     if last is None:
-        raise ConfigError(
-            f"{run_dir} holds no evaluation: a sweep needs data.holdout > 0 and evaluations switched on"
-        )
+        raise ConfigError(f"{run_dir} holds no evaluation: a sweep needs data.holdout > 0 and evaluations switched on")
     if last["loss"] is None:
         return float("inf"), float("inf")
     return last["loss"], last["bits_per_byte"]
@@ -96,9 +93,7 @@ def sweep(cfg: DictConfig) -> float:
     config = HydraConfig.get()
     try:
         if config.mode != RunMode.MULTIRUN:
-            raise ConfigError(
-                "launch.sweep runs sweeps: add -m, as in launch.sweep -m +region=eu outer.lr=0.3,0.7"
-            )
+            raise ConfigError("launch.sweep runs sweeps: add -m, as in launch.sweep -m +region=eu outer.lr=0.3,0.7")
         overrides = list(OmegaConf.to_object(config.overrides.task))  # type: ignore[arg-type]
         result = run_job(overrides, Path(config.runtime.output_dir).absolute(), str(config.job.num))
     except ConfigError as error:
@@ -110,8 +105,12 @@ def sweep(cfg: DictConfig) -> float:
 
 
 def main() -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong with the overrides instead of printing it
     try:
         sweep()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     finally:
         if _results:
             print_line(table(_results))

@@ -21,7 +21,7 @@ from diloco.parallel import ParallelConfig, Plan, Region, grad_norm, open_region
 
 LLAMA: dict[str, Any] = {"vocab": 128, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 4, "ffn": 96}
 # The clip bites in every step, so that a wrong norm changes the curve.
-INNER = InnerConfig(lr=1e-2, batch=8, micro_batch=2, seq_len=24, clip=0.25, z_loss=1e-3, schedule="constant")
+INNER = InnerConfig(lr=3e-3, batch=8, micro_batch=2, seq_len=24, clip=0.25, z_loss=1e-3, schedule="constant")
 STEPS = 8
 
 

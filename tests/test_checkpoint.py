@@ -51,9 +51,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype == torch.float32 and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def save(
-    store: Store, world: int, sizes: dict[tuple[str, int], int] = SIZES, prefix: str = PREFIX
-) -> dict[str, Any]:
+def save(store: Store, world: int, sizes: dict[tuple[str, int], int] = SIZES, prefix: str = PREFIX) -> dict[str, Any]:
     """A checkpoint as `world` ranks write it, each its share of every fragment of every plane."""
     records = []
     for rank in range(world):
@@ -122,9 +120,7 @@ def test_a_shard_of_the_safetensors_library_is_read(store: Store) -> None:
     tensors = {"theta/0/0": values("theta", 0, 6), "exp/0/0": values("exp", 0, 4)}
     raw = safetensors.torch.save(tensors)
     store.create(f"{PREFIX}/s.safetensors", raw)
-    pieces = [
-        {"plane": n.split("/")[0], "fragment": 0, "start": 0, "stop": len(t)} for n, t in tensors.items()
-    ]
+    pieces = [{"plane": n.split("/")[0], "fragment": 0, "start": 0, "stop": len(t)} for n, t in tensors.items()]
     record = {"name": "s", "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "pieces": pieces}
     manifest = commit_manifest(store, PREFIX, {}, [record])
     for name, tensor in tensors.items():
@@ -134,9 +130,7 @@ def test_a_shard_of_the_safetensors_library_is_read(store: Store) -> None:
 def test_a_header_longer_than_the_first_read(store: Store) -> None:
     sizes = {("a_plane_with_quite_a_long_name_" * 4, n): 1 for n in range(1000)}
     manifest = save(store, 1, sizes)
-    assert (
-        store.size(f"{PREFIX}/rank-0.safetensors") > 2 * ckpt.checkpoint.FIRST_READ
-    )  # nearly all of it header
+    assert store.size(f"{PREFIX}/rank-0.safetensors") > 2 * ckpt.checkpoint.FIRST_READ  # nearly all of it header
     check_headers(store, manifest)
     plane = next(iter(sizes))[0]
     assert same_bits(read_range(store, manifest, plane, 499, 0, 1), values(plane, 499, 1))
@@ -233,6 +227,13 @@ def test_an_object_that_is_shorter_than_its_manifest_or_its_store_says(
         verify(store, manifest)
 
 
+def test_sizes_are_checked_before_memory_is_allocated(store: Store) -> None:
+    manifest = save(store, 1, {("theta", 0): 13})
+    manifest["shards"][0]["pieces"][0]["stop"] = 1 << 50  # 4 PiB
+    with pytest.raises(DamagedError, match="does not hold theta/0/0 as"):
+        read_range(store, manifest, "theta", 0, 0, 1 << 50)
+
+
 def flips(raw: bytes) -> list[bytes]:
     out = []
     for position in range(8 * len(raw)):
@@ -275,9 +276,7 @@ def test_a_hostile_manifest_reads_nothing_outside_its_folder(store: Store) -> No
     manifest["shards"][0]["name"] = "../../secret"
     manifest["digest"] = ckpt.format.digest(manifest)
     store.write(f"{PREFIX}/{MANIFEST}", ckpt.format.encode_json(manifest))
-    with pytest.raises(
-        DamagedError, match=r"^\S+: ckpt/7/manifest\.json is damaged: it has .*'\.\./\.\./secret'$"
-    ):
+    with pytest.raises(DamagedError, match=r"^\S+: ckpt/7/manifest\.json is damaged: it has .*'\.\./\.\./secret'$"):
         load_manifest(store, PREFIX)
     for use in (Reader, verify, check_headers):  # nor when somebody hands it over without loading it
         with pytest.raises(DamagedError, match="secret"):
@@ -316,9 +315,7 @@ def test_newest_skips_and_reports_what_is_damaged(store: Store) -> None:
     assert "format version" in reports[0][1] and "is missing" in reports[1][1] and "bytes" in reports[2][1]
 
 
-def test_newest_logs_by_default_and_finds_nothing_in_nothing(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_newest_logs_by_default_and_finds_nothing_in_nothing(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     assert list(newest(store, "ckpt")) == []
     store.write(f"ckpt/3/{MANIFEST}", b"{}")
     assert list(newest(store, "ckpt")) == []

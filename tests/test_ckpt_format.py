@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -91,6 +92,15 @@ def test_manifests_that_are_hardly_json(raw: bytes) -> None:
         format.open_manifest(raw)
 
 
+def test_nesting_at_the_limits_of_reading_and_of_writing() -> None:
+    # Which limit comes first depends on Python's version, and where on the stack, which is short in a thread.
+    depths = [*range(970, 1000), 5000, 20_000]
+    raws = [b'{"format": 1, "digest": "", "x": ' + b"[" * n + b"]" * n + b"}" for n in depths]
+    with ThreadPoolExecutor(1) as pool:
+        errors = [pool.submit(format.open_manifest, raw).exception() for raw in raws]
+    assert {type(error) for error in errors} == {FormatError}
+
+
 def test_other_keys_of_a_shard_are_left_alone() -> None:
     shards = [{**record, "region": "eu"} for record in sealed()["shards"]]
     manifest = format.seal({}, shards)
@@ -118,9 +128,7 @@ WANTED = {"theta/0/0": 13, "theta/1/0": 5}
 
 
 def shard() -> bytes:
-    return format.encode_shard(
-        [Piece("theta", 0, 0, 13, torch.zeros(13)), Piece("theta", 1, 0, 5, torch.ones(5))]
-    )
+    return format.encode_shard([Piece("theta", 0, 0, 13, torch.zeros(13)), Piece("theta", 1, 0, 5, torch.ones(5))])
 
 
 def offsets_with(header: bytes, size: int) -> dict[str, int]:

@@ -66,9 +66,7 @@ def test_permute_refuses_what_is_outside(i: int) -> None:
         permute(i, 5, 0)
 
 
-@given(
-    st.integers(1, 40), st.integers(2, 60), st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.5]), st.integers(0, 99)
-)
+@given(st.integers(1, 40), st.integers(2, 60), st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.5]), st.integers(0, 99))
 def test_an_epoch_and_the_held_out_windows_are_every_window_once(
     seq_len: int, windows: int, holdout: float, seed: int
 ) -> None:

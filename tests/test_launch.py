@@ -22,7 +22,7 @@ from launch.regions import Region, find_override, override, parse_override, pars
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TRAIN = """
+TRAIN = r"""
     import os, signal, sys, time
     from pathlib import Path
     args = dict(a.split("=", 1) for a in sys.argv[1:])
@@ -34,14 +34,16 @@ TRAIN = """
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("{}\\n")
         sys.exit(7)
+    def say(line):  # in one write: two ranks share the pipe, and torchrun starts them unbuffered
+        sys.stdout.write(line + "\n")
     def leave(*_):
-        print(f"rank {rank} leaves", flush=True)
+        say(f"rank {rank} leaves")
         time.sleep(0.2)  # ends later than others: torchrun must not cut it short
-        print(f"rank {rank} left", flush=True)
+        say(f"rank {rank} left")
         sys.exit(0)
     signal.signal(signal.SIGTERM, leave)
     world, threads = os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]
-    print(f"rank {rank} of {world} threads {threads} {' '.join(sys.argv[1:])}", flush=True)
+    say(f"rank {rank} of {world} threads {threads} {' '.join(sys.argv[1:])}")
     if "crash" in args or "once" in args:
         sys.exit(0)
     signal.pause()
@@ -113,9 +115,7 @@ def start_driver(modules: Path) -> tuple[subprocess.Popen[str], list[str]]:
 
 def test_ctrl_c_ends_every_region_cleanly(modules: Path) -> None:
     driver, said = start_driver(modules)
-    settings = "run.dir={} elastic.start_regions=2 elastic.lighthouse=http://127.0.0.1:4242 b=2".format(
-        modules / "run"
-    )
+    settings = "run.dir={} elastic.start_regions=2 elastic.lighthouse=http://127.0.0.1:4242 b=2".format(modules / "run")
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     assert sorted(said) == [
         f"eu         | rank 0 of 2 threads {threads} +region=eu {settings} a=1",
@@ -144,9 +144,7 @@ def test_killing_the_launcher_leaves_nothing_behind(modules: Path) -> None:
 def launch(modules: Path, *overrides: str, lighthouse: str = "fake_lighthouse") -> tuple[int, list[str]]:
     said: list[str] = []
     regions = [Region("eu"), Region("us")]
-    code = run_local(
-        regions, overrides, modules / "run", said.append, module="fake_train", lighthouse=lighthouse
-    )
+    code = run_local(regions, overrides, modules / "run", said.append, module="fake_train", lighthouse=lighthouse)
     assert tree(modules) == []
     return code, said
 
@@ -233,10 +231,16 @@ def test_a_second_ctrl_c_kills_at_once() -> None:
         signal.raise_signal(signal.SIGINT)  # the handlers are what they were
 
 
+def test_workers_are_told_to_stop_themselves_so_that_their_exit_code_counts() -> None:
+    worker = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); "
+    worker += "print('ready', flush=True); signal.pause()"
+    agent = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {worker!r}]))"
+    jobs, said = run_jobs(agent, stop=Stop())
+    assert jobs[0].code == 5 and said == ["0 ready"]
+
+
 def test_what_a_job_leaves_behind_ends_with_it() -> None:
-    orphan = (
-        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], "
-    )
+    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], "
     jobs, said = run_jobs(orphan + "start_new_session=True); print('gone'); sys.exit(3)")
     assert jobs[0].code == 3 and said == ["0 gone"]
 

@@ -86,9 +86,7 @@ def test_records_are_lines_that_are_there_at_once(tmp_path: Path) -> None:
     assert [line["kind"] for line in lines] == ["step", "round", "note"]
     assert lines[0]["loss"] == STEP.loss and lines[0]["mfu"] == 0.41 and lines[0]["time"] > 1.7e9
     assert lines[1]["members"] == ["eu_1", "us_2"] and lines[2]["loss"] is None and lines[2]["text"] == "θ"
-    assert (
-        list(read_metrics(metrics.path)) == lines and list(read_metrics(metrics.path, "round")) == lines[1:2]
-    )
+    assert list(read_metrics(metrics.path)) == lines and list(read_metrics(metrics.path, "round")) == lines[1:2]
     assert tracker.heard == ["step", "round", "note", "closed"]
 
 
@@ -112,8 +110,7 @@ def test_a_value_that_is_no_json_is_an_error_and_leaves_no_half_line(tmp_path: P
 
 def test_step_line() -> None:
     assert step_line(STEP) == (
-        "step 120/400 30 % | loss 1.6635 | 2.400 bits/byte | 12.3k tokens/s | MFU 41.0 % | 310 MB | "
-        "ETA 2 min 10 s"
+        "step 120/400 30 % | loss 1.6635 | 2.400 bits/byte | 12.3k tokens/s | MFU 41.0 % | 310 MB | ETA 2 min 10 s"
     )
     bare = step_line(replace(STEP, steps=None, mfu=None, eta_seconds=None, skipped=2))
     assert bare.startswith("step 120 30 % | ") and "MFU" not in bare and "ETA" not in bare
@@ -184,25 +181,19 @@ def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build_tracker(TrackerConfig("csv"), tmp_path, "r", {})
     for kind in ("tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, kind, None)  # importing it fails, installed or not
-        with pytest.raises(
-            ConfigError, match=rf"tracker\.kind={kind} needs .* pip install 'diloco\[{kind}\]'"
-        ):
+        with pytest.raises(ConfigError, match=rf"tracker\.kind={kind} needs .* pip install 'diloco\[{kind}\]'"):
             build_tracker(TrackerConfig(kind), tmp_path, "r", {})
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
-def test_a_hosted_tracker_gets_the_numbers(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hosted_tracker_gets_the_numbers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
     library = ModuleType(kind)
     library.init = lambda **what: calls.append(("init", what))  # type: ignore[attr-defined]
     library.log = lambda what: calls.append(("log", what))  # type: ignore[attr-defined]
     library.finish = lambda: calls.append(("finish", None))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, kind, library)
-    with Metrics(
-        tmp_path / "m.jsonl", build_tracker(TrackerConfig(kind, "p"), tmp_path, "eu", {"a": 1})
-    ) as metrics:
+    with Metrics(tmp_path / "m.jsonl", build_tracker(TrackerConfig(kind, "p"), tmp_path, "eu", {"a": 1})) as metrics:
         metrics.write("step", step=3, loss=1.5, text="no number", bad=math.nan)
         metrics.write("note", text="only text")
     assert calls == [
@@ -214,9 +205,7 @@ def test_a_hosted_tracker_gets_the_numbers(
 
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with Metrics(
-        tmp_path / "m.jsonl", build_tracker(TrackerConfig("tensorboard"), tmp_path, "eu", {})
-    ) as metrics:
+    with Metrics(tmp_path / "m.jsonl", build_tracker(TrackerConfig("tensorboard"), tmp_path, "eu", {})) as metrics:
         metrics.record(STEP)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

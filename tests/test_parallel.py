@@ -48,11 +48,11 @@ def test_curve_of_one_rank(name: str, meshes: dict[str, Any], references: dict[b
     got, expected = meshes[name], references[CASES[name].tied]
     assert min(expected["grad_norm"]) > 0.25, "clipping was not put to the test"
     assert expected["nll"][-1] < expected["nll"][0] - 0.5, "nothing was learnt"
-    assert got["nll"] == pytest.approx(expected["nll"], rel=2e-5)
-    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-4)
-    assert got["norm_again"] == pytest.approx(expected["norm_again"], rel=2e-4)
+    assert got["nll"] == pytest.approx(expected["nll"], rel=2e-6)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5)
+    assert got["norm_again"] == pytest.approx(expected["norm_again"], rel=2e-5)
     assert got["shapes"] == expected["shapes"]  # names too: no wrapper shows
-    assert got["parameters"] == pytest.approx(expected["parameters"], rel=1e-4)
+    assert got["parameters"] == pytest.approx(expected["parameters"], rel=1e-5)
     assert got["replicas_differ"] == []
 
 
@@ -63,7 +63,7 @@ def test_tied_weights_stay_one_parameter(meshes: dict[str, Any]) -> None:
 
 def test_bfloat16_compute(meshes: dict[str, Any], references: dict[bool, dict[str, Any]]) -> None:
     got, expected = meshes["fsdp2_tp2_bf16"]["nll"], references[False]["nll"]
-    assert got == pytest.approx(expected, rel=2e-2)
+    assert got == pytest.approx(expected, rel=5e-3)
     assert got != pytest.approx(expected, rel=1e-5), "this was fp32"
 
 
@@ -81,7 +81,7 @@ def test_one_rank_variants(references: dict[bool, dict[str, Any]]) -> None:
         half = train(Case(tp=1, dtype="bfloat16"))
     finally:
         open_region(ParallelConfig(device="cpu")).close()
-    assert half["nll"] == pytest.approx(references[False]["nll"], rel=2e-2)
+    assert half["nll"] == pytest.approx(references[False]["nll"], rel=5e-3)
     assert half["nll"] != references[False]["nll"]
 
 

@@ -198,9 +198,7 @@ def test_prove_refuses_what_could_have_two_winners(protocol: str) -> None:
 
 
 def test_unknown_outcome_that_took_effect_is_mine(injected: Store) -> None:
-    for number, error in enumerate(
-        [TimeoutError("slow"), FileExistsError(), RuntimeError("no OSError at all")]
-    ):
+    for number, error in enumerate([TimeoutError("slow"), FileExistsError(), RuntimeError("no OSError at all")]):
         Injected.plan.append(("after", error))
         assert injected.create(f"k{number}", b"mine")
 
@@ -321,9 +319,7 @@ def test_an_unreadable_folder_is_not_empty(tmp_path: Path, monkeypatch: pytest.M
         store.list()
 
 
-def test_a_directory_is_durable_before_create_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_is_durable_before_create_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, synced = os.fsync, []
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
     Store(str(tmp_path / "new")).create("a/b", b"x")

@@ -46,9 +46,7 @@ def free_ports(count: int) -> list[int]:
 def command(binary: str, folder: Path) -> tuple[list[str], str]:
     ports = free_ports(2 * len(SERVICES))
     flags = [f"-{name}.port={port}" for name, port in zip(SERVICES, ports, strict=False)]
-    flags += [
-        f"-{name}.port.grpc={port}" for name, port in zip(SERVICES, ports[len(SERVICES) :], strict=True)
-    ]
+    flags += [f"-{name}.port.grpc={port}" for name, port in zip(SERVICES, ports[len(SERVICES) :], strict=True)]
     flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-dir={folder}", f"-bucket={BUCKET}", *OFF]
     address = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     return [binary, "mini", *address, *flags], f"http://127.0.0.1:{ports[SERVICES.index('s3')]}"
@@ -110,16 +108,18 @@ def test_of_eight_racing_threads_one_wins_each_key(store: Store) -> None:
         assert store.read(f"race/{n}") == f"{winners[0]} {n}".encode() * 1000
 
 
-OTHER = "import sys; from ckpt.store import Store as S; print(S(sys.argv[1]).create('journal/0', sys.argv[2].encode()))"
+OTHER = """
+import sys
+from ckpt.store import Store
+print(Store(sys.argv[1]).create('journal/0', sys.argv[2].encode()))
+"""
 
 
 def test_processes_race_and_listings_are_not_stale(store: Store) -> None:
     store.create("journal/before", b"")
     assert store.list("journal") == ["journal/before"]  # s3fs would remember this listing
     others = [
-        subprocess.Popen(
-            [sys.executable, "-c", OTHER, store.url, str(n)], cwd=REPO, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", OTHER, store.url, str(n)], cwd=REPO, stdout=subprocess.PIPE, text=True)
         for n in range(2)
     ]
     said = [other.communicate(timeout=60)[0].strip() for other in others]

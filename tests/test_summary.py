@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS, STEPS, SENT = 1_000_000, 8, 1_000_100
 SETTINGS = {
     "sync_every": 4, "lr": 0.7, "momentum": 0.9, "boundary": "steps", "rounds": 2, "tokens": None,
-    "seq_len": 16, "seed": 0, "ahead": 8, "lease_rounds": 4, "codec": "int8",
+    "seq_len": 16, "seed": 0, "ahead": 8, "lease_rounds": 4, "start_regions": 2,
 }  # fmt: skip
 RUN = RunRecord("eu", "eu_1", 1, 1, PARAMETERS, 1, 4, "int8", 32, 1.0)
 STEP = StepRecord(1, STEPS, 0.1, 5.0, 7.2, 1e-3, 1.0, 1e3, 10**8)
@@ -47,8 +47,7 @@ def write_run(run_dir: Path, us_digest: str = "b" * 64) -> None:
         assert journal.state
         leases = {name: member.leases[0] for name, member in journal.state.members.items()}
         answers = [
-            {"member": name, "tokens": 128, "leases": [[lease.id, lease.applied + 8]]}
-            for name, lease in leases.items()
+            {"member": name, "tokens": 128, "leases": [[lease.id, lease.applied + 8]]} for name, lease in leases.items()
         ]
         append(kind="round", epoch=0, fragment=0, base=base, answers=answers, digest="d")
     append(kind="stop", reason="run.rounds=2 reached")
@@ -80,7 +79,7 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "training loss  5.0000 → 3.5000 nats/token (7.200 → 4.500 bits/byte)",
         "held-out loss  3.2500 → 3.2500 nats/token (4.690 → 4.690 bits/byte)",
         "sent           4.00 MB by all regions; data parallel would have sent 64.0 MB, 16 times as much",
-        "digests        equal in all 2 rounds that two regions or more have seen; the last is bbbbbbbbbbbb",
+        "digests        equal in every round that two or more regions have seen (2); the last is bbbbbbbbbbbb",
         f"checkpoint     {tmp_path}/store/checkpoints/10",
         f"metrics        {tmp_path}/eu/metrics.jsonl",
         f"metrics        {tmp_path}/us/metrics.jsonl",
@@ -90,21 +89,14 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_regions_that_differ_are_shouted_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, us_digest="c" * 64)
     assert main([str(tmp_path)]) == 1
-    assert (
-        "digests        DIFFER between regions after journal entries 4: this is a bug"
-        in capsys.readouterr().out
-    )
+    assert "digests        DIFFER between regions after journal entries 4: this is a bug" in capsys.readouterr().out
 
 
 def test_a_run_of_one_region_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path)
     (tmp_path / "us" / "metrics.jsonl").unlink()
     found = read_summary(tmp_path)
-    assert (
-        found
-        and "one region has nobody to send to" in describe(found)
-        and "(no round was seen" in describe(found)
-    )
+    assert found and "one region has nobody to send to" in describe(found) and "(no round was seen" in describe(found)
     assert main([str(tmp_path / "nowhere")]) == 0 and "no run in" in capsys.readouterr().out
     assert not (tmp_path / "nowhere").exists()
 
@@ -190,15 +182,17 @@ def test_a_sweep_runs_each_job_and_ends_with_a_table(tmp_path: Path) -> None:
 
 def test_a_job_that_fails_ends_the_sweep_with_its_code(tmp_path: Path) -> None:
     done = run_sweep(tmp_path, "-m", "+region=eu", "outer.lr=-1,0.3")
-    assert (
-        done.returncode == 2 and "outer.lr=-1.0 is negative" in done.stdout and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and "outer.lr=-1.0 is negative" in done.stdout and "Traceback" not in done.stderr
     assert "outer.lr=0.3" not in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["+region=eu"], "runs sweeps: add -m"), (["-m", "outer.lr=1"], "+region=eu or")],
+    [
+        (["+region=eu"], "runs sweeps: add -m"),
+        (["-m", "outer.lr=1"], "+region=eu or"),
+        (["-m", "+region=eu", "outer.lrr=1,2"], "override 'outer.lrr'"),
+    ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     done = run_sweep(tmp_path / "a", *arguments)

@@ -1,0 +1,185 @@
+"""Real regions for tests: processes started, watched with deadlines, and ended, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from ckpt.store import Store
+from diloco.journal import Journal, State
+
+SMALL = [
+    "model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn: 128, tied: true}",
+    "inner.batch=4",
+    "inner.seq_len=32",
+    "run.report_every=4",
+    "run.eval_sequences=4",
+    "outer.lr=0.9",
+    "outer.momentum=0.3",
+]
+"""Overrides for a run that costs milliseconds a step: 118,016 parameters, 2 blocks."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RegionProcess:
+    """One region: `python -m MODULE` for one rank, torchrun for more."""
+
+    def __init__(self, name: str, arguments: list[str], log: Path, nproc: int, module: str, env: dict[str, str]):
+        self.name, self.log = name, log
+        head = [sys.executable, "-m"]
+        if nproc > 1:
+            head += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m"]
+        full = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*head, module, f"region.name={name}", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=full,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def signal(self, number: int) -> None:
+        """To every process of the region."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit code. Raises AssertionError with the region's output when the deadline passes."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end in {timeout} s:\n{self.text()[-3000:]}") from None
+
+
+def send(number: int, *regions: RegionProcess) -> None:
+    """To every process of the regions. torchrun's workers are in sessions of their own and are found by their parent."""
+    for pid in [pid for region in regions for pid in (region.process.pid, *children(region.process.pid))]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def kill(*regions: RegionProcess) -> None:
+    """kill -9 of whole regions at one instant: all are stopped before the first one is killed, so that nobody notices."""
+    send(signal.SIGSTOP, *regions)
+    send(signal.SIGKILL, *regions)
+    for region in regions:
+        region.process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Processes below `pid`, from /proc."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        below = parents.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+class Cluster:
+    """Regions of one run in a directory, with a lighthouse port of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.regions: list[RegionProcess] = []
+
+    @property
+    def run(self) -> Path:
+        return self.directory / "run"
+
+    def start(
+        self,
+        name: str,
+        *overrides: str,
+        nproc: int = 1,
+        module: str = "diloco.train",
+        env: dict[str, str] | None = None,
+    ) -> RegionProcess:
+        arguments = [
+            f"run.dir={self.run}",
+            f"elastic.lighthouse=http://127.0.0.1:{self.port}",
+            *SMALL,
+            *overrides,
+        ]
+        log = self.directory / f"{name}-{len(self.regions)}.log"
+        region = RegionProcess(name, arguments, log, nproc, module, env or {})
+        self.regions.append(region)
+        return region
+
+    def state(self) -> State | None:
+        """The run's state, folded from its journal now."""
+        journal = Journal(Store(str(self.run / "store")))
+        journal.read()
+        return journal.state
+
+    def until(self, what: Callable[[], object], timeout: float = 120) -> None:
+        """Polls until `what()` is true; fails with every region's output at the deadline, or when a region failed."""
+        deadline = time.monotonic() + timeout
+        while not what():
+            assert time.monotonic() < deadline, self.logs()
+            assert all(r.process.poll() in (None, 0, -9) for r in self.regions), self.logs()
+            time.sleep(0.05)
+
+    def kill_when(self, what: Callable[[], object], *regions: RegionProcess) -> None:
+        """kill -9 of the regions at a moment at which `what()` holds: they are stopped to look."""
+
+        def holds() -> bool:
+            if what():
+                send(signal.SIGSTOP, *regions)
+                if what():
+                    return True
+                send(signal.SIGCONT, *regions)
+            return False
+
+        self.until(holds)
+        kill(*regions)
+
+    def inner_states_saved(self, *regions: str) -> bool:
+        """Every region has stored its own planes for the newest committed round."""
+        state = self.state()
+        assert state is not None
+        seq = max(fragment.base for fragment in state.fragments)
+        return all((self.run / f"store/regions/{state.run}/{r}/{seq}/manifest.json").exists() for r in regions)
+
+    def rounds(self) -> int:
+        state = self.state()
+        return 0 if state is None else state.rounds
+
+    def records(self, region: str, kind: str) -> list[dict]:
+        path = self.run / region / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {r.name} ({r.process.poll()})\n{r.text()[-3000:]}" for r in self.regions)
+
+    def finish(self, timeout: float = 120) -> None:
+        """Waits until every region has ended by itself, all with exit code 0 but the killed ones."""
+        codes = {r.name: r.wait(timeout) for r in self.regions}
+        assert all(code in (0, -9) for code in codes.values()), self.logs()
+
+    def close(self) -> None:
+        kill(*self.regions)

@@ -1,0 +1,75 @@
+"""Everything is killed at once; what comes back goes on from the last committed state, with any machines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.e2e.cluster import Cluster, RegionProcess
+
+BASE = ["outer.sync_every=8", "run.rounds=10", "inner.schedule=wsd"]
+TWO = [*BASE, "elastic.start_regions=2"]
+
+
+def digests(cluster: Cluster, region: str) -> list[str]:
+    return [r["digest"] for r in cluster.records(region, "round")]
+
+
+def start_two(cluster: Cluster, *overrides: str) -> list[RegionProcess]:
+    return [cluster.start(name, *TWO, *overrides) for name in ("eu", "us")]
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, fragments: int) -> None:
+    """10 rounds in one go, and with a kill -9 of everything on the way: bit for bit the same."""
+    override = f"outer.fragments={fragments}"
+    start_two(cluster, override)
+    cluster.finish()
+    whole = digests(cluster, "eu")
+    assert len(whole) == 10 and digests(cluster, "us") == whole
+
+    (tmp_path / "second").mkdir()
+    second = Cluster(tmp_path / "second")
+    try:
+        second.kill_when(
+            lambda: second.rounds() >= 5 and second.inner_states_saved("eu", "us"), *start_two(second, override)
+        )
+        start_two(second, override)
+        second.finish()
+        state = second.state()
+        assert state is not None and state.rounds == 10
+        assert digests(second, "eu")[-1] == digests(second, "us")[-1] == whole[-1]
+    finally:
+        second.close()
+
+
+def test_another_shape_goes_on(cluster: Cluster) -> None:
+    """Killed with 2 x 1 rank, resumed by one region of 4 ranks with tensor parallelism: same θ and momentum at the
+    resume, and a loss curve that goes on."""
+    cluster.kill_when(lambda: cluster.rounds() >= 5, *start_two(cluster))
+    at_resume = cluster.state()
+    assert at_resume is not None
+    cluster.start("asia", *BASE, "parallel.tp=2", nproc=4)
+    cluster.finish()
+    entries = [json.loads(p.read_text()) for p in sorted((cluster.run / "store" / "journal").glob("*.json"))]
+    rounds = [e for e in entries if e["kind"] == "round"]
+    first = next(e for e in rounds if e["answers"][0]["member"].startswith("asia"))
+    # What the new shape says of the planes it loaded is what the old one computed.
+    loaded = [r["digest"] for r in cluster.records("eu", "round") if r["seq"] == first["base"]]
+    assert loaded == [first["theta"]]
+    losses = [r["loss"] for r in cluster.records("eu", "eval")]
+    later = [r["loss"] for r in cluster.records("asia", "eval")]
+    assert later[0] < losses[0] and later[-1] < losses[-1] + 0.05
+
+
+def test_one_region_resumes_its_own_run(cluster: Cluster) -> None:
+    """FSDP 4 and then one rank: inner state comes back through flat space, so the curves agree to fp32 noise."""
+    eu = cluster.start("eu", *BASE, nproc=4)
+    cluster.kill_when(lambda: cluster.rounds() >= 4 and cluster.inner_states_saved("eu"), eu)
+    cluster.start("eu", *BASE)
+    cluster.finish()
+    state = cluster.state()
+    assert state is not None and state.rounds == 10
+    assert "inner state of entry" in cluster.regions[-1].text()
+    assert state.ledger.applied == state.rounds * 8 * 4

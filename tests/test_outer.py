@@ -1,0 +1,241 @@
+"""The outer step: exact against numpy, the same however it is cut, the same bits on CPUs with and without FMA."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diloco.averaging import Averaging
+from diloco.codec import CODECS
+from diloco.fragments import Fragment, Slot
+from diloco.outer import nesterov, weighted_mean
+from diloco.planes import Planes
+from elastic.plan import cells, rank_blocks
+from tests import reference
+
+ROOT = Path(__file__).parent.parent
+SIZES = (1, 3, 7, 8, 17, 31, 64, 255, 256, 257, 1000, 4099, 33333)
+BLOCK = 512
+LR, MU = 0.7, 0.9
+seeds = st.integers(0, 2**32 - 1)
+tokens = st.integers(0, 10**9)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def same_bits(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> bool:
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def averaging_of(elements: int, codec: str) -> Averaging:
+    return Averaging([Fragment(0, (Slot("x", (elements,), 0),), BLOCK)], CODECS[codec])
+
+
+def one_round(
+    theta: np.ndarray, momentum: np.ndarray, locals: np.ndarray, weights: list[float], codec: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The project's own round of a whole fragment."""
+    averaging = averaging_of(len(theta), codec)
+    blocks = averaging.blocks(0)
+    before, m = torch.from_numpy(theta.copy()), torch.from_numpy(momentum.copy())
+    parts = [averaging.encode(0, before - torch.from_numpy(local)) for local in locals]
+    gradient = averaging.decode(0, 0, blocks, averaging.reduce(0, 0, blocks, parts, weights))
+    nesterov(before, m, gradient, LR, MU)
+    return before.numpy(), m.numpy()
+
+
+# By hand
+
+
+def test_golden_nesterov() -> None:
+    """m = 0.5 * 2 + 1 = 2; theta = 10 - 0.25 * (1 + 0.5 * 2) = 9.5: exact in binary."""
+    theta, momentum = torch.tensor([10.0]), torch.tensor([2.0])
+    nesterov(theta, momentum, torch.tensor([1.0]), 0.25, 0.5)
+    assert (theta.item(), momentum.item()) == (9.5, 2.0)
+
+
+def test_golden_weighted_mean() -> None:
+    """(3 * 1 + 1 * 5) / 4 = 2; a weight of zero counts for nothing."""
+    parts = [torch.tensor([1.0, -4.0]), torch.tensor([5.0, 8.0]), torch.tensor([1e9, 1e9])]
+    assert weighted_mean(parts, [3.0, 1.0, 0.0]).tolist() == [2.0, -1.0]
+    assert parts[0].tolist() == [1.0, -4.0], "inputs stay"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_golden_round(codec: str) -> None:
+    """Two members at 4 and 0 from theta 8, weights 1 and 3: deltas 4 and 8, mean 7; m = 7, step 0.5 * (7 + 0.5 * 7)."""
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    theta, momentum = reference.diloco_round(8 * one, zero, [4 * one, zero], [1.0, 3.0], 0.5, 0.5, codec, BLOCK)
+    assert momentum == pytest.approx(7.0, rel=1e-6) and theta == pytest.approx(2.75, rel=1e-6)
+    if codec == "none":
+        assert (theta.item(), momentum.item()) == (2.75, 7.0)
+
+
+def test_first_step_with_rate_one_and_no_momentum_is_the_mean() -> None:
+    """One member, lr 1, mu 0: theta becomes the member's parameters, up to the rounding of theta - (theta - x)."""
+    theta, local = normal(0, 1000), normal(1, 1000)
+    new, _ = reference.diloco_round(theta, np.zeros_like(theta), [local], [5.0], 1.0, 0.0, "none", BLOCK)
+    np.testing.assert_allclose(new, local, rtol=0, atol=1e-6)
+
+
+# Against the reference
+
+
+@given(st.integers(1, 300), st.integers(1, 5), seeds, st.data())
+def test_weighted_mean_equals_the_reference(n: int, members: int, seed: int, data: st.DataObject) -> None:
+    weights = [float(data.draw(tokens)) for _ in range(members - 1)] + [float(1 + data.draw(tokens))]
+    parts = normal(seed, members, n)
+    got = weighted_mean([torch.from_numpy(part) for part in parts], weights)
+    assert same_bits(got, reference.weighted_mean(list(parts), weights))
+
+
+@given(st.integers(1, 300), seeds, st.floats(0, 2), st.floats(0, 1))
+def test_nesterov_equals_the_reference(n: int, seed: int, lr: float, mu: float) -> None:
+    theta, momentum, gradient = normal(seed, 3, n)
+    expected = reference.nesterov(theta, momentum, gradient, lr, mu)
+    t, m, g = (torch.from_numpy(x.copy()) for x in (theta, momentum, gradient))
+    nesterov(t, m, g, lr, mu)
+    assert same_bits(t, expected[0]) and same_bits(m, expected[1])
+    assert same_bits(g, gradient), "the gradient stays"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 17, 257, 512, 1800, 4099])
+def test_trajectory_equals_the_reference(codec: str, members: int, n: int) -> None:
+    """Five rounds in a row: rounding differences would pile up."""
+    theta, momentum = normal(n, n), np.zeros(n, np.float32)
+    mine = (theta, momentum)
+    for round in range(5):
+        locals = theta - 0.1 * normal(100 * n + round, members, n)
+        weights = [float(50_000 + 997 * m * round) for m in range(members)]
+        theta, momentum = reference.diloco_round(theta, momentum, list(locals), weights, LR, MU, codec, BLOCK)
+        mine = one_round(*mine, locals, weights, codec)
+        assert same_bits(mine[0], theta) and same_bits(mine[1], momentum)
+
+
+# However it is cut
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("worlds", [[1, 1], [4, 1], [3, 2, 7]])
+def test_reducing_cell_by_cell_is_reducing_the_whole(codec: str, worlds: list[int]) -> None:
+    n = 11 * BLOCK + 77
+    averaging, weights = averaging_of(n, codec), [1000.0 + m for m in range(len(worlds))]
+    blocks = averaging.blocks(0)
+    deltas = [torch.from_numpy(normal(m, n)) for m in range(len(worlds))]
+    whole = averaging.reduce(0, 0, blocks, [averaging.encode(0, d) for d in deltas], weights)
+    found = []
+    for cell in cells(blocks, worlds):
+        for owner in range(len(worlds)):
+            first, last = cell.owned(owner)
+            if first < last:
+                start, stop = averaging.fragments[0].span(first, last)
+                assert averaging.elements(0, first, last) == stop - start
+                parts = [averaging.encode(0, d[start:stop]) for d in deltas]
+                found.append(averaging.reduce(0, first, last, parts, weights))
+    assert same_bits(torch.cat(found), whole)
+
+
+@given(st.integers(1, 9), seeds)
+@settings(max_examples=20)
+def test_planes_step_alike_in_any_world(world: int, seed: int) -> None:
+    """Slices stepped by ranks, joined, are the fragment stepped as a whole; so are the digests."""
+    fragment = Fragment(0, (Slot("x", (1100,), 0),), 128)
+    theta, momentum, gradient = normal(seed, 3, 1100)
+    expected = reference.nesterov(theta, momentum, gradient, LR, MU)
+    joined: dict[str, list[np.ndarray]] = {"theta": [], "momentum": []}
+    digests = {"theta": b"", "momentum": b""}
+    for rank in range(world):
+        mine = rank_blocks(fragment.blocks, rank, world)
+        start, stop = fragment.span(*mine)
+        planes = Planes([fragment], [mine])
+        planes.load(0, 4, torch.from_numpy(theta[start:stop]), torch.from_numpy(momentum[start:stop]))
+        planes.step(0, 7, torch.from_numpy(gradient[start:stop]), LR, MU, torch.empty(0, dtype=torch.uint8))
+        assert planes.bases == [7]
+        for plane, parts in joined.items():
+            parts.append(planes.read(plane, 0, *mine)[1].numpy())  # type: ignore[index]
+            digests[plane] += planes.digests(plane, 0)
+    assert same_bits(np.concatenate(joined["theta"]), expected[0])
+    assert same_bits(np.concatenate(joined["momentum"]), expected[1])
+    raw = expected[0].tobytes()
+    hashes = [hashlib.sha256(raw[i : i + 512]).digest() for i in range(0, len(raw), 512)]
+    assert digests["theta"] == b"".join(hashes)
+
+
+def test_planes_serve_their_own_blocks_only() -> None:
+    fragment = Fragment(0, (Slot("x", (10,), 0),), 2)
+    planes = Planes([fragment], [(1, 4)])  # elements 2 to 7
+    assert planes.read("theta", 0, 1, 4) is None, "nothing is loaded yet"
+    planes.load(0, 3, torch.arange(2.0, 8.0), torch.zeros(6))
+    base, got = planes.read("theta", 0, 2, 4)  # type: ignore[misc]
+    assert (base, got.tolist()) == (3, [4.0, 5.0, 6.0, 7.0])
+    got.zero_()
+    assert planes.theta[0].tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "a copy"
+    for plane, first, last in (("theta", 0, 2), ("theta", 3, 5), ("theta", 3, 2), ("secret", 1, 2)):
+        assert planes.read(plane, 0, first, last) is None
+
+
+def test_planes_keep_the_bits_of_two_rounds_of_every_fragment() -> None:
+    fragments = [Fragment(f, (Slot("x", (4,), 0),), 2) for f in range(2)]
+    planes = Planes(fragments, [(0, 2)] * 2)
+    for seq in range(1, 8):
+        bits = torch.full((4,), seq, dtype=torch.uint8)
+        planes.step(seq % 2, seq, torch.zeros(4), LR, MU, bits)
+    assert {seq: fragment for seq, (fragment, _) in planes.bits.items()} == {4: 0, 5: 1, 6: 0, 7: 1}
+    assert planes.bits[6][1].tolist() == [6] * 4
+
+
+# The same bits on every CPU
+
+
+def arithmetic_digest() -> str:
+    """sha256 over two rounds of many sizes, both codecs. Runs in the subprocesses too."""
+    found = hashlib.sha256()
+    for codec in CODECS:
+        for n in SIZES:
+            theta, momentum = normal(n, n), normal(n + 1, n)
+            for round in range(2):
+                weights = [float(50_000 + 997 * m * round) for m in range(3)]
+                locals = theta - 0.1 * normal(n + 2 + round, 3, n)
+                theta, momentum = one_round(theta, momentum, locals, weights, codec)
+                found.update(theta.tobytes() + momentum.tobytes())
+    return found.hexdigest()
+
+
+PROGRAM = """
+import torch
+from tests.test_outer import arithmetic_digest
+print(torch.backends.cpu.get_cpu_capability(), arithmetic_digest())
+"""
+
+
+def test_same_bits_whatever_the_cpu_can() -> None:
+    """With FMA and without: `default` has none, `avx2` and `avx512` do. A CPU that lacks one falls back to less."""
+    running = {}
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", PROGRAM]
+        running[capability] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    found = {}
+    for capability, process in running.items():
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, f"{capability}: exit code {process.returncode}"
+        name, digest = out.split()[-2:]
+        found[name.lower()] = digest
+    assert "default" in found
+    if len(found) == 1:
+        pytest.skip("this CPU has no vector unit that PyTorch knows of, so there is nothing to compare")
+    assert set(found.values()) == {arithmetic_digest()}, found
