@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns at every exit of a healthy job; read at import
 
@@ -99,9 +99,13 @@ def fail(sentence: str) -> int:
     return 2
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """Ends the process. Not with sys.exit: a daemon thread inside a native call (a lighthouse's quorum, which can take
+    seconds) aborts the interpreter's own finalization."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a daemon thread inside a native call (a lighthouse's quorum) aborts the interpreter's own finalization.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

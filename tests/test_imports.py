@@ -87,7 +87,8 @@ def offences(path: str, source: str) -> list[str]:
             f"{room} may not import {top}": top in FORBIDDEN[room],
             f"{room} may only import {THIRD_PARTY.get(room)}": third and top not in THIRD_PARTY.get(room, {top}),
             "launch starts the loop as a process": room == "launch" and within(name, LOOP),
-            "only diloco/train.py sees Hydra": top in ("hydra", "omegaconf") and not within(name, HYDRA.get(path, set())),
+            "only diloco/train.py sees Hydra": top in ("hydra", "omegaconf")
+            and not within(name, HYDRA.get(path, set())),
             "a pure file imports no other third party than torch": pure and third and top != "torch",
             "a pure file touches no socket, file or clock": pure and top in SHELL,
             "a pure file imports pure files only": pure and top in ROOMS and not pure_module(name),

@@ -306,9 +306,7 @@ class World:
         if won is None and not (away and self.random.random() < 0.5):
             won = self.create(action.fields, peer.seen)
         if away:
-            return self.set_alarm(
-                peer, Alarm("append", action.fields["fragment"], action.fields["attempt"]), "retry"
-            )
+            return self.set_alarm(peer, Alarm("append", action.fields["fragment"], action.fields["attempt"]), "retry")
         before = peer.seen
         self.read(peer)
         if won:

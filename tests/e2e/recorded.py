@@ -6,7 +6,6 @@ RECORD names the directory; files are <region>/<seq>-<fragment>-r<rank>-{local,t
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,4 +36,4 @@ class Recorded(trainer.Trainer):
 
 if __name__ == "__main__":
     trainer.Trainer = Recorded  # type: ignore[misc]
-    sys.exit(train.main())
+    train.leave(train.main())
