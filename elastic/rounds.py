@@ -14,6 +14,9 @@ from typing import Any
 
 Message = dict[str, Any]
 
+AHEAD = 1000
+"""Messages kept until the entries that they are about are read."""
+
 
 # Events
 
@@ -36,6 +39,8 @@ class Due:
     """This member reached its boundary for `fragment`."""
 
     fragment: int
+    base: int | None = None
+    """The fragment's last round as the main loop knows it; the event is void if there was another since."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,30 @@ class Proposal:
 
 def parse_proposal(message: Message) -> Proposal:
     """Raises KeyError, TypeError or ValueError on a malformed message."""
-    numbers = {k: int(message[k]) for k in ("fragment", "epoch", "base", "head", "number")}
+    numbers = {k: _integer(message[k]) for k in ("fragment", "epoch", "base", "head", "number")}
     return Proposal(**numbers, proposer=str(message["proposer"]), members=tuple(map(str, message["members"])))
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def check(message: Message) -> None:
+    """Raises KeyError, TypeError or ValueError on what no member sends. What passes is safe to keep and to handle."""
+    kind = message["type"]
+    _integer(message.get("head", -1))
+    if kind in ("propose", "answer", "start", "held"):
+        members = parse_proposal(message).members
+        if list(members) != sorted(set(members)):
+            raise ValueError("a proposal's members are not a sorted set")
+    for answer in message["answers"] if kind == "start" else [message["answer"]] if kind == "answer" else ():
+        _integer(answer["tokens"])
+        for lease, upto in answer["leases"]:
+            _integer(lease), _integer(upto)
+        if not all(isinstance(answer[key], str) for key in ("member", "theta", "momentum")):
+            raise TypeError("an answer's member and digests are not strings")
 
 
 def attempt_id(proposal: Proposal, answers: list[Message]) -> str:
@@ -207,6 +234,11 @@ class Flight:
     waited: int = -1
     """Head for which the minority wait is over."""
 
+    @property
+    def turn(self) -> str:
+        """Names the newest proposal that this member has seen for this round."""
+        return f"{self.epoch}.{self.base}.{self.number}"
+
 
 class Rounds:
     """handle(event) -> actions. One instance per member, driven by one thread."""
@@ -225,8 +257,8 @@ class Rounds:
         match event:
             case View():
                 return list(self._folded(event))
-            case Due(fragment):
-                return list(self._due(fragment))
+            case Due(fragment, base):
+                return list(self._due(fragment, base))
             case Answered():
                 return list(self._answered(event))
             case PeerSeen(member, sees):
@@ -252,24 +284,35 @@ class Rounds:
     # The journal moved
 
     def _folded(self, view: View) -> Iterator[Action]:
+        moved = self.view is None or view.seq > self.view.seq
         self.view = view
         for fragment, flight in list(self.flights.items()):
             if view.stopped or (flight.epoch, flight.base) != (view.epoch, view.bases[fragment]):
                 if flight.attempt:
                     yield Cancel(flight.attempt)
                 del self.flights[fragment]
-        waiting, self.ahead = self.ahead, []
+            elif moved and flight.best is not None and not self._current(flight.best):
+                yield from self._give_up(flight)  # held or not, its entry would not be valid any more
+        waiting = [(sender, message) for sender, message in self.ahead if message["head"] <= view.seq]
+        self.ahead = [(sender, message) for sender, message in self.ahead if message["head"] > view.seq]
         for sender, message in waiting:
             yield from self._received(sender, message)
-        for fragment, flight in self.flights.items():
-            yield from self._try_append(fragment, flight)
+        if moved:  # where the head is the one that refused the entry, trying again would spin
+            for fragment, flight in self.flights.items():
+                yield from self._try_append(fragment, flight)
         yield from self._propose_all()
+
+    def _current(self, proposal: Proposal) -> bool:
+        """Its members are still the run's."""
+        return self.view is not None and set(proposal.members) <= set(self.view.members)
 
     # Proposing
 
-    def _due(self, fragment: int) -> Iterator[Action]:
-        self.flight(fragment).due = True
-        yield from self._propose(fragment)
+    def _due(self, fragment: int, base: int | None) -> Iterator[Action]:
+        flight = self.flight(fragment)
+        if base is None or base == flight.base:
+            flight.due = True
+            yield from self._propose(fragment)
 
     def _propose_all(self) -> Iterator[Action]:
         for fragment in list(self.flights):
@@ -343,6 +386,8 @@ class Rounds:
         flight = self.flights.get(proposal.fragment)
         if flight is None or flight.best != proposal or proposal.proposer != self.me or flight.attempt:
             return
+        if sender not in proposal.members:
+            return
         flight.answers[sender] = {**message["answer"], "member": sender}
         if set(flight.answers) != set(proposal.members):
             return
@@ -371,8 +416,9 @@ class Rounds:
     # Messages
 
     def _received(self, sender: str, message: Message) -> Iterator[Action]:
-        if self.view is None or int(message.get("head", -1)) > self.view.seq:
-            self.ahead.append((sender, message))
+        check(message)
+        if self.view is None or message.get("head", -1) > self.view.seq:
+            self.ahead = [*self.ahead[-AHEAD:], (sender, message)]
             yield Read()
             return
         match message.get("type"):
@@ -395,7 +441,7 @@ class Rounds:
         assert view is not None
         if proposal.proposer != sender or not 0 <= proposal.fragment < len(view.bases) or view.stopped:
             return
-        if (proposal.epoch, proposal.base) != (view.epoch, view.bases[proposal.fragment]):
+        if (proposal.epoch, proposal.base) != (view.epoch, view.bases[proposal.fragment]) or not self._current(proposal):
             yield Send(sender, {"type": "head", "head": view.seq})
             return
         if self.me not in proposal.members:
@@ -410,6 +456,8 @@ class Rounds:
         proposal, answers = parse_proposal(message), list(message["answers"])
         flight = self.flights.get(proposal.fragment)
         if flight is None or flight.best != proposal or flight.attempt or flight.answer not in answers:
+            return
+        if not self._current(proposal):
             return
         if tuple(answer["member"] for answer in answers) != proposal.members:
             return
@@ -487,15 +535,15 @@ class Rounds:
         fragment = next(f for f, x in self.flights.items() if x is flight)
         if flight.attempt:
             yield Cancel(flight.attempt)
-        flight.attempt, flight.started, flight.due = "", (), True
+        flight.attempt, flight.started, flight.answers, flight.due = "", (), {}, True
         yield Read()
-        yield SetAlarm(Alarm("again", fragment, str(flight.number)), "jitter")
+        yield SetAlarm(Alarm("again", fragment, flight.turn), "jitter")
 
     def _alarm(self, alarm: Alarm) -> Iterator[Action]:
         flight = self.flights.get(alarm.fragment)
         if flight is None or self.view is None:
             return
-        if alarm.name == "again" and alarm.attempt == str(flight.number) and not flight.attempt:
+        if alarm.name == "again" and alarm.attempt == flight.turn and not flight.attempt:
             flight.best = None
             yield from self._propose(alarm.fragment)
         elif alarm.name == "append" and alarm.attempt == flight.attempt and self.complete(flight):

@@ -145,6 +145,12 @@ def test_zero_stays_zero() -> None:
     assert back[300] == -1.0 and np.count_nonzero(back) == 1
 
 
+def test_a_group_too_small_for_a_scale_is_zero() -> None:
+    """absmax / 127 underflows: values are zero, not what a division by zero would give."""
+    x = np.full(256, 1e-44, np.float32)
+    assert x.all() and not encode(x).any()
+
+
 @given(seeds, st.integers(0, 1199))
 def test_an_outlier_costs_its_own_group_only(seed: int, where: int) -> None:
     x = gaussian(1200, seed)

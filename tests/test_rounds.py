@@ -169,8 +169,7 @@ class World:
             self.at(self.random.random() * delay, self.cut, pair, self.links[pair])
 
     def leave(self, peer: Peer) -> None:
-        while not self.create({"kind": "leave", "member": peer.id}, len(self.raw) - 1):
-            pass
+        self.create({"kind": "leave", "member": peer.id}, len(self.raw) - 1)  # unless its id has ended already
         self.die(peer, 0.02)
 
     # Links: ordered until they break; what is under way then is lost, and both sides hear of it
@@ -379,12 +378,12 @@ class World:
             base = state.fragments[f].base
             if peer.ready[f] and self.free(peer, f) and peer.due.get(f) != base:
                 peer.due[f] = base
-                self.post(peer, rounds.Due(f))
+                self.post(peer, rounds.Due(f, base))
         for ask in list(peer.asks):
             f, base = ask.fragment, state.fragments[ask.fragment].base
-            if ask.base != base:
+            if ask.base < base:
                 peer.asks.remove(ask)
-            elif peer.ready[f] and self.free(peer, f):
+            elif ask.base == base and peer.ready[f] and self.free(peer, f):
                 peer.asks.remove(ask)
                 self.contribute(peer, f, base)
 
@@ -419,7 +418,7 @@ class World:
     # Faults
 
     def break_something(self) -> None:
-        if self.now > FAULTS:
+        if self.now > FAULTS or not self.alive():
             return
         self.at(self.random.random() * 0.8, self.break_something)
         peer, kind = self.random.choice(self.alive()), self.random.random()
