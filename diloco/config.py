@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from ckpt.store import Store, StoreError
 from diloco import inner, parallel
 from diloco.codec import CODECS, CodecConfig
-from diloco.data import DataConfig
+from diloco.data import DataConfig, Dataset, build_source
 from diloco.errors import ConfigError
 from diloco.inner import InnerConfig
 from diloco.outer import OuterConfig
@@ -117,6 +123,21 @@ def unknown_key(key: str) -> ConfigError:
     return ConfigError(f"unknown key {key}: {hint}")
 
 
+def explain(error: Exception) -> ConfigError:
+    """Hydra's several lines as one sentence with the key and the fix."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'.*default list use (\+\S+)", text, re.DOTALL):
+        return ConfigError(f"{match[1]} is not in the config yet: add it with a plus, {match[2]}")
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(match[1])
+    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        return ConfigError(f"{match[1]}={match[2]} does not exist: set it to one of {', '.join(options)}")
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return ConfigError(f"{match[1]} is not set: add {match[1]}=VALUE")
+    return ConfigError(f"the overrides cannot be read: {' '.join(text.split())}")
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for name in values:
@@ -159,9 +180,14 @@ def load(path: str, key: str) -> Any:
         raise ConfigError(f"{key}={path} cannot be loaded ({error}): set it to package.module.name") from error
 
 
+def store_url(cfg: Config) -> str:
+    return cfg.run.store or f"{cfg.run.dir}/store"
+
+
 def validate(cfg: Config, world: int) -> None:
-    """Raises ConfigError for anything that cannot work, without touching a socket, a device or a file."""
+    """Raises ConfigError for anything that cannot work, without touching a socket or a device, or writing a file."""
     _validate_run(cfg)
+    _validate_places(cfg)
     _validate_outer(cfg)
     parallel.validate(cfg.parallel, world)
     inner.validate(cfg.inner, world // cfg.parallel.tp)
@@ -169,6 +195,9 @@ def validate(cfg: Config, world: int) -> None:
         host_port(cfg.elastic.lighthouse)
     except ValueError as error:
         raise ConfigError(f"elastic.lighthouse: {error}") from error
+    source = build_source(cfg.data)
+    Dataset(source, cfg.inner.seq_len, cfg.data.holdout, cfg.run.seed)
+    _validate_model(cfg, source.vocab)
 
 
 def _validate_run(cfg: Config) -> None:
@@ -187,6 +216,57 @@ def _validate_run(cfg: Config) -> None:
         raise ConfigError(f"ckpt.resume={cfg.ckpt.resume} is not known: set it to auto or never")
     if cfg.ckpt.every < 1 or cfg.ckpt.keep < 1:
         raise ConfigError(f"ckpt.every={cfg.ckpt.every} and ckpt.keep={cfg.ckpt.keep} must be at least 1: raise them")
+
+
+def _validate_places(cfg: Config) -> None:
+    directory = Path(cfg.run.dir)
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run.dir={cfg.run.dir} cannot be written to, because of {nearest}: set run.dir to a directory of yours"
+        )
+    try:
+        Store(store_url(cfg))
+    except StoreError as error:
+        raise ConfigError(
+            f"run.store={store_url(cfg)} cannot be used ({error}): set it to a directory or an fsspec URL such as "
+            "s3://bucket/run"
+        ) from error
+
+
+def build_module(cfg: Config, vocab: int) -> nn.Module:
+    """The model on torch's default device, whole. vocab: token ids of the data are below it. Raises ConfigError."""
+    target = load(cfg.model.target, "model.target")
+    if cfg.model.args.get("vocab", vocab) < vocab:
+        raise ConfigError(
+            f"model.args.vocab={cfg.model.args['vocab']} is less than the {vocab} tokens of data.source={cfg.data.source}: "
+            f"set model.args.vocab={vocab}"
+        )
+    try:
+        model: nn.Module = target(**cfg.model.args)
+    except TypeError as error:
+        raise ConfigError(f"model.args={cfg.model.args} do not fit model.target={cfg.model.target}: {error}") from error
+    layers = max(len(set(parallel.layer_of(model).values())), 1)
+    if cfg.outer.fragments > layers:
+        raise ConfigError(
+            f"outer.fragments={cfg.outer.fragments} is more than the model's {layers} layers: set it to {layers} or less"
+        )
+    return model
+
+
+def _validate_model(cfg: Config, vocab: int) -> None:
+    """Builds it on the meta device, which takes no memory, for the plan to look at."""
+    load(cfg.model.loss, "model.loss")
+    plan = load(cfg.model.plan, "model.plan") if cfg.model.plan else None
+    if cfg.parallel.tp > 1 and plan is None:
+        raise ConfigError(f"parallel.tp={cfg.parallel.tp} needs model.plan: set it, or parallel.tp=1 (FSDP)")
+    try:
+        with torch.device("meta"):
+            model = build_module(cfg, vocab)
+    except (NotImplementedError, RuntimeError):
+        return  # one that looks at its weights as it is built: the real one will tell
+    if plan is not None and cfg.parallel.tp > 1:
+        plan(model, cfg.parallel.tp)
 
 
 def _validate_outer(cfg: Config) -> None:

@@ -13,7 +13,7 @@ import importlib
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ class DataConfig:
     """What to train on."""
 
     source: str = "diloco.data.text_bytes"
-    """Dotted path of a callable: (DataConfig) -> TokenSource."""
+    """Dotted path of a callable: (DataConfig) -> TokenSource; called twice, to check the settings and to train."""
     path: list[str] | str | None = None
     """Files or directories. None: the source of Python's own standard library, which is always there."""
     pattern: str | None = None
@@ -128,22 +128,26 @@ class ByteSource:
     """Text as its bytes: vocabulary 256, one byte per token."""
 
     tokens: FileTokens
-    digest: str
+    paths: Sequence[Path]
     vocab: int = 256
     bytes_per_token: float = 1.0
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the joined bytes; they are read when somebody asks."""
+        return _sha256(self.paths)
 
 
 def text_bytes(cfg: DataConfig) -> ByteSource:
     """The bytes of `data.path`'s files, one after the other: paths in the order given, files of a directory
-    sorted by their relative path. Raises ConfigError if nothing is there. The digest is of the joined
-    bytes."""
+    sorted by their relative path. Raises ConfigError if nothing is there."""
     paths = [path for path in _files(cfg) if path.stat().st_size]
     if not paths:
         raise ConfigError(
             f"data.path={cfg.path} holds no text (data.pattern={cfg.pattern}): set data.path to files or "
             "directories that do, or to null for the source of Python's standard library"
         )
-    return ByteSource(FileTokens(paths, [path.stat().st_size for path in paths]), _sha256(paths))
+    return ByteSource(FileTokens(paths, [path.stat().st_size for path in paths]), paths)
 
 
 def _files(cfg: DataConfig) -> Iterable[Path]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ckpt.store import Store, StoreError
 from diloco.checkpoints import Checkpoints
-from diloco.config import Config
+from diloco.config import Config, store_url
 from diloco.control import Control, Order, RunLedger
 from diloco.errors import ConfigError
 from diloco.fragments import digest
-from diloco.journal import PROTOCOL, Journal, Settings, State, canonical, fold_all
+from diloco.journal import PROTOCOL, Journal, JournalError, Settings, State, canonical, fold_all
+from diloco.parallel import Region
 from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
@@ -35,24 +39,19 @@ PATIENCE = 120.0
 """Seconds without an order after which the main loop counts as hung and heartbeats stop."""
 
 
-def store_url(cfg: Config) -> str:
-    return cfg.run.store or f"{cfg.run.dir}/store"
-
-
 def join(trainer: Trainer, stack: ExitStack) -> None:
     """Collective. Raises ConfigError, before anything is written, if this region does not fit the run."""
     cfg, region = trainer.cfg, trainer.region
     store = Store(store_url(cfg))
     journal = Journal(store)
-    if region.rank == 0:
-        _lighthouse(cfg, stack)
-        _read_first(journal, cfg)
+    _on_rank_0(region, lambda: _look(cfg, journal, stack))
     entries = _open(trainer, store, journal)
     state = fold_all(entries)
     assert state is not None
     trainer.state = state
+    _on_rank_0(region, lambda: _check(cfg, state, trainer.fingerprint()))
     if region.rank == 0:
-        _check(cfg, state, trainer.fingerprint())
+        _own(cfg, state.run)
     _connect(trainer, store, journal, stack)
     while not restore(trainer, journal, entries):
         pass
@@ -61,6 +60,24 @@ def join(trainer: Trainer, stack: ExitStack) -> None:
     if region.rank == 0:
         _take_control(trainer, journal, endpoints, stack)
     trainer.report.open(trainer)
+
+
+def _on_rank_0(region: Region, action: Callable[[], None]) -> None:
+    """What rank 0 does and may refuse: then all ranks raise its ConfigError, rather than wait for it in vain. Collective."""
+    refusal = ""
+    if region.rank == 0:
+        try:
+            action()
+        except ConfigError as error:
+            refusal = str(error)
+    if sentence := region.broadcast_bytes(refusal.encode()).decode():
+        raise ConfigError(sentence)
+
+
+def _look(cfg: Config, journal: Journal, stack: ExitStack) -> None:
+    """What is there already."""
+    _lighthouse(cfg, stack)
+    _read_first(journal, cfg)
 
 
 def _lighthouse(cfg: Config, stack: ExitStack) -> None:
@@ -76,10 +93,36 @@ def _lighthouse(cfg: Config, stack: ExitStack) -> None:
 def _read_first(journal: Journal, cfg: Config) -> None:
     try:
         journal.read()
+        _check_owner(cfg, journal.state)
         if journal.state is None:
             journal.store.prove()  # type: ignore[attr-defined]
-    except StoreError as error:
-        raise ConfigError(f"run.store={store_url(cfg)} cannot hold a run: {error}") from error
+    except (StoreError, JournalError) as error:
+        raise ConfigError(
+            f"run.store={store_url(cfg)} cannot hold a run ({error}): set it to another place, or run.dir to a new directory"
+        ) from error
+
+
+def _owner(cfg: Config) -> Path:
+    """The file that says whose run directory it is, lest metrics of two runs end up in one file."""
+    return Path(cfg.run.dir) / ".run"
+
+
+def _check_owner(cfg: Config, state: State | None) -> None:
+    owner = _owner(cfg).read_text().strip() if _owner(cfg).exists() else ""
+    if owner and (state is None or state.run != owner):
+        there = f"run {state.run}" if state else "none"
+        raise ConfigError(
+            f"run.dir={cfg.run.dir} is of run {owner}, but run.store={store_url(cfg)} holds {there}: set run.dir to a new "
+            "directory"
+        )
+
+
+def _own(cfg: Config, run: str) -> None:
+    path = _owner(cfg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".run-{os.getpid()}")
+    written.write_text(f"{run}\n")
+    written.replace(path)
 
 
 # The run
@@ -138,16 +181,27 @@ def _spread(trainer: Trainer, entries: list[bytes]) -> list[bytes]:
     return [entry.encode() for entry in json.loads(data)]
 
 
+_MEANS = {
+    "model": "model",
+    "parameters": "the number of parameters (model.args)",
+    "fragments": "outer.fragments",
+    "codec": "codec",
+    "data": "the digest of the data (data.path)",
+    "seq_len": "inner.seq_len",
+}
+"""Keys of the fingerprint -> keys of the config."""
+
+
 def _check(cfg: Config, state: State, mine: dict[str, Any]) -> None:
     """This region and the run fit. Raises ConfigError with both values."""
     where = f"the run in {store_url(cfg)}"
-    if cfg.ckpt.resume == "never" and state.seq > 0:
+    if cfg.ckpt.resume == "never" and state.rounds > 0:
         raise ConfigError(f"ckpt.resume=never, but {where} has {state.rounds} rounds: set run.dir to a new directory")
     for key, value in state.fingerprint.items():
         if mine.get(key) != value:
             raise ConfigError(
-                f"{where} is of another kind, {key} is {value} there and {mine.get(key)} here: use its settings, or set "
-                "run.dir to a new directory"
+                f"{where} is of another kind, {_MEANS.get(key, key)} is {value} there and {mine.get(key)} here: use its "
+                "settings, or set run.dir to a new directory"
             )
     if state.stopped is not None:
         raise ConfigError(f"{where} has ended ({state.stopped}): set run.dir to a new directory")
@@ -241,13 +295,14 @@ def _take_control(trainer: Trainer, journal: Journal, endpoints: list[str], stac
 
 
 def leave_on_signals(trainer: Trainer) -> None:
-    """SIGTERM or Ctrl-C: leave at the next boundary of the loop; a second one exits at once."""
+    """SIGTERM or Ctrl-C: leave before the next inner step; a second one exits at once."""
 
     def handler(number: int, _: object) -> None:
         control = trainer.links.control
         if control is None or control.leaving:
             if trainer.region.rank == 0:
-                sys.exit(128 + number)
+                sys.stdout.flush()
+                os._exit(128 + number)  # not sys.exit: nothing may delay it, and see diloco.train.leave
             return
         control.leaving = f"asked to leave ({signal.Signals(number).name})"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
+import time
 import warnings
 from contextlib import ExitStack
 from typing import Any, NoReturn
@@ -18,8 +18,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diloco.config import Config, from_dict, unknown_key, validate
+from diloco.config import Config, explain, from_dict, validate
 from diloco.errors import ConfigError
+
+FLAGS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info")
+"""Hydra's flags that print something and exit."""
+SPEAKER_SECONDS = 10.0
+"""How long the other ranks leave the word to rank 0."""
 
 
 def compose_config(overrides: list[str]) -> Config:
@@ -29,21 +34,8 @@ def compose_config(overrides: list[str]) -> Config:
             composed = compose("config", overrides=overrides)
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error) from error
+        raise explain(error) from error
     return from_dict(values)
-
-
-def _explain(error: Exception) -> ConfigError:
-    """Hydra's several lines as one sentence with the key and the fix."""
-    text = str(error)
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(match[1])
-    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
-        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        return ConfigError(f"{match[1]}={match[2]} does not exist: set it to one of {', '.join(options)}")
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return ConfigError(f"{match[1]} is not set: add {match[1]}=VALUE")
-    return ConfigError(f"the overrides cannot be read: {' '.join(text.split())}")
 
 
 def run(cfg: Config) -> int:
@@ -69,15 +61,19 @@ def main() -> int:
     arguments = sys.argv[1:]
     if any(a in ("-m", "--multirun") for a in arguments):
         return fail("--multirun would sweep in lockstep inside every rank: use python -m launch.sweep -m OVERRIDES")
-    if any(a.startswith("-") for a in arguments):
-        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(show)()
-        return 0
+    flags = [a.split("=")[0] for a in arguments if a.startswith("-")]
+    if unknown := [flag for flag in flags if flag not in FLAGS]:
+        return fail(f"{unknown[0]} is not known here: --help and --cfg job are, everything else is KEY=VALUE")
     try:
+        if flags:
+            return show()
         cfg = compose_config(arguments)
         validate(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         return run(cfg)
     except ConfigError as error:
         return fail(str(error))
+    except KeyboardInterrupt:  # before the region is a member, when there is nothing to leave
+        return 130
 
 
 def _hush() -> None:
@@ -87,15 +83,26 @@ def _hush() -> None:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
-def show(composed: DictConfig) -> None:
-    """What Hydra calls for flags that neither print nor exit by themselves."""
-    raise SystemExit(fail("no such flag here: --help and --cfg job are understood, everything else is KEY=VALUE"))
+def show() -> int:
+    """Hydra's own --help, --cfg and the like. Raises ConfigError."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong with the overrides instead of printing it
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(_nothing)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    return 0
+
+
+def _nothing(composed: DictConfig) -> None:
+    """The job that --help and the like do not run."""
 
 
 def fail(sentence: str) -> int:
-    """Bad input: one sentence, from one rank, exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"diloco.train: {sentence}", file=sys.stderr, flush=True)
+    """Bad input: one sentence, from one rank, exit code 2. torchrun ends all ranks as soon as one has ended, so the
+    others leave the word to rank 0, unless the error is theirs alone."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SPEAKER_SECONDS)
+    print(f"diloco.train: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     return 2
 
 

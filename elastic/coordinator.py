@@ -96,6 +96,7 @@ class Coordinator(threading.Thread):
         self._commands = Commands()
         self._ready = threading.Condition()
         self._dialling: set[str] = set()
+        self._refused: dict[str, str] = {}
         self._closing = False
         self._poll_at = self._alive_at = 0.0
         node.handlers["control"] = self._serve
@@ -143,6 +144,7 @@ class Coordinator(threading.Thread):
 
     def run(self) -> None:
         try:
+            self._feed(self.ledger.view())  # what the region has read already, should the store be away just now
             self._read()
             while not self._closing:
                 self._step()
@@ -184,7 +186,7 @@ class Coordinator(threading.Thread):
             case rounds.Ask():
                 self._command(asks=[action])
             case rounds.Exchange():
-                self._exchange(action)
+                return self._exchange(action)
             case rounds.Cancel(attempt):
                 self.ranks.cancel(attempt)
             case rounds.Append(fields):
@@ -198,6 +200,8 @@ class Coordinator(threading.Thread):
         return None
 
     def _set_alarm(self, alarm: rounds.Alarm, kind: str) -> None:
+        if any(pending == alarm for _, _, pending in self._alarms):
+            return  # one of each: alarms that set themselves anew must not multiply
         self._counter += 1
         heapq.heappush(self._alarms, (time.monotonic() + self.timing.delay(kind), self._counter, alarm))
 
@@ -225,17 +229,20 @@ class Coordinator(threading.Thread):
     def _fold(self) -> rounds.View | None:
         self._poll_at = time.monotonic() + POLL
         try:
-            entries = self.ledger.read()
+            self._pass_on(self.ledger.read())
             if (closing := self.ledger.closing()) is not None:
                 self.ledger.append(closing)
-                entries += self.ledger.read()
+                self._pass_on(self.ledger.read())
         except OSError as error:
             print(f"journal: {error}; trying again", flush=True)
             return None
+        self.meet({m: e[0] for m, e in self.ledger.endpoints().items()})
+        return self.ledger.view()
+
+    def _pass_on(self, entries: list[bytes]) -> None:
+        """What was read is read once: it goes to the main loop at once, whatever fails next."""
         if entries:
             self._command(entries=entries)
-            self.meet({m: e[0] for m, e in self.ledger.endpoints().items()})
-        return self.ledger.view()
 
     def _read(self) -> None:
         if (view := self._fold()) is not None:
@@ -243,11 +250,14 @@ class Coordinator(threading.Thread):
 
     # Exchanges in this region
 
-    def _exchange(self, action: rounds.Exchange) -> None:
+    def _exchange(self, action: rounds.Exchange) -> rounds.Event | None:
         endpoints = self.ledger.endpoints()
+        if any(a["member"] not in endpoints for a in action.answers):
+            return rounds.ExchangeFailed(action.attempt, frozenset())  # a member ended since this was decided
         parties = tuple(Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers)
         me = [party.member for party in parties].index(self.machine.me)
         self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, me))
+        return None
 
     def _outcome(self, rank: int, outcome: Outcome) -> None:
         self._inbox.put(outcome)
@@ -272,7 +282,9 @@ class Coordinator(threading.Thread):
         try:
             connection, hello = self.node.dial(endpoint, "control")
         except Refused as error:
-            print(f"peer {member} at {endpoint}: {error}", flush=True)
+            if self._refused.get(member) != str(error):
+                print(f"peer {member} at {endpoint}: {error}", flush=True)
+            self._refused[member] = str(error)
             return
         except OSError:
             return  # not there (any more): the lighthouse, or its own dialling, will tell
@@ -320,8 +332,9 @@ class Coordinator(threading.Thread):
         self._feed(rounds.PeerGone(member))
 
     def _heard(self, member: str, connection: Connection, message: Message) -> None:
-        if member not in self.peers:
-            return
+        peer = self.peers.get(member)
+        if peer is None or peer.connection is not connection:
+            return  # said on a connection whose end is known already
         try:
             if message.get("type") == "sees":
                 self._feed(rounds.PeerSeen(member, frozenset(map(str, message["members"]))))

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -114,6 +114,8 @@ class Attempt:
         self.first, self.last = rank_blocks(blocks, self.rank, worlds[self.order.me])
         self.cells = [c for c in cells(blocks, worlds) if c.ranks[self.order.me] == self.rank]
         self.result = torch.empty(self._size(self.first, self.last), dtype=torch.uint8)
+        self.parts_due = {(k, a) for cell in self.cells for k in self.others for a, _ in chunks(*cell.owned(self.order.me))}
+        """Keys of `parts` that have not come yet."""
         self.missing = {a for cell in self.cells for k in self.others for a, _ in chunks(*cell.owned(k))}
         """First blocks of the result chunks that other members still owe."""
         self.chunk_of = {a: b for cell in self.cells for k in range(len(worlds)) for a, b in chunks(*cell.owned(k))}
@@ -131,14 +133,15 @@ class Attempt:
         begin = self._size(self.first, first)
         return data[begin : begin + self._size(first, last)]
 
-    def deliver(self, sender: int, kind: str, first: int, payload: bytearray) -> None:
+    def deliver(self, sender: int, kind: str, first: Any, payload: bytearray) -> None:
         """A chunk arrived. Raises WireError if it is not one that `sender` owes this rank."""
-        last = self.chunk_of.get(first, first)
-        if last == first or len(payload) != self._size(first, last):
+        last = self.chunk_of.get(first) if isinstance(first, int) else None
+        if last is None or len(payload) != self._size(first, last):
             raise WireError("a chunk that is not part of this attempt")
         data = torch.frombuffer(payload, dtype=torch.uint8)
         with self.changed:
-            if kind == "part" and self.owner_of[first] == self.order.me and (sender, first) not in self.parts:
+            if kind == "part" and (sender, first) in self.parts_due:
+                self.parts_due.discard((sender, first))
                 self.parts[sender, first] = data
             elif kind == "sum" and self.owner_of[first] == sender and first in self.missing:
                 self.cut(self.result, first, last).copy_(data)
@@ -199,9 +202,14 @@ class Exchanger:
         with self._lock:
             if order.attempt in self._attempts or order.attempt in self._closed:
                 return
-            attempt = Attempt(order, self.rank, self.arithmetic, self._offers[order.key], self.stall)
-            self._attempts[order.attempt] = attempt
+            if (offer := self._offers.get(order.key)) is not None:
+                attempt = Attempt(order, self.rank, self.arithmetic, offer, self.stall)
+                self._attempts[order.attempt] = attempt
+            else:
+                self._closed.add(order.attempt)
             self._lock.notify_all()
+        if offer is None:  # the round was decided while the order was on its way
+            return self.on_outcome(Outcome(order.attempt, None, reason="cancelled"))
         threading.Thread(target=self._run, args=(attempt,), name="exchange", daemon=True).start()
 
     def cancel(self, attempt_id: str) -> None:
@@ -239,7 +247,7 @@ class Exchanger:
         outcome.sent, outcome.received = attempt.sent, attempt.received
         outcome.seconds = time.monotonic() - begin
         with self._lock:
-            if outcome.digests is not None:
+            if outcome.digests is not None and attempt.order.key in self._offers:
                 self._results[attempt.order.attempt] = (attempt.order.key, attempt.result)
             self._attempts.pop(attempt.order.attempt)
             self._closed.add(attempt.order.attempt)
@@ -272,8 +280,8 @@ class Exchanger:
                 message, payload = connection.receive()
                 if message.get("type") == "end":
                     return
-                attempt.deliver(sender, str(message.get("type")), int(message.get("first", -1)), payload)
-        except (OSError, ValueError) as error:
+                attempt.deliver(sender, str(message.get("type")), message.get("first"), payload)
+        except OSError as error:
             attempt.fail(frozenset([hello["member"]]), f"the exchange with {hello['member']} broke: {error}")
 
 

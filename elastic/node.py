@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ class Identity:
         """Why the sender of `hello` is not of this run, naming both values, or None."""
         for key in ("run", "fingerprint"):
             if hello.get(key) != getattr(self, key):
-                return f"{key} is {str(hello.get(key))[:500]} there and {getattr(self, key)[:500]} here"
+                theirs, mine = str(hello.get(key))[:500], getattr(self, key)[:500]
+                return f"{key} is {theirs} at {str(hello.get('member'))[:100]} and {mine} at {self.member}"
         return None if isinstance(hello.get("member"), str) and isinstance(hello.get("rank"), int) else "no member"
 
 
@@ -52,6 +54,8 @@ class Node:
         self.handlers: dict[str, Handler] = {}
         self.refusals = 0
         """Connections dropped because their hello or a message was not of this run."""
+        self.refusal = ""
+        """Why the last hello was refused."""
         self._open: set[Connection] = set()
         self._closed = False
         self._server = socket.create_server((host, port), backlog=128)
@@ -78,6 +82,9 @@ class Node:
             raise
         connection.sock.settimeout(timeout)
         self._open.add(connection)
+        if self._closed:
+            self.release(connection)
+            raise ConnectionAbortedError("this node is closed")
         return connection, hello
 
     def release(self, connection: Connection) -> None:
@@ -96,9 +103,11 @@ class Node:
         while not self._closed:
             try:
                 sock, _ = self._server.accept()
+                connection = Connection(sock)
             except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(Connection(sock),), name="node-peer", daemon=True).start()
+                time.sleep(0.05)  # closed; or the peer was gone again, or too many files are open: that passes
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name="node-peer", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
         self._open.add(connection)
@@ -121,6 +130,9 @@ class Node:
             connection.send({"type": "refused", "reason": "not ready"})
         elif reason := self.identity.mismatch(hello):
             self.refusals += 1
+            if reason != self.refusal:
+                print(f"refused a connection: {reason}", flush=True)
+            self.refusal = reason
             connection.send({"type": "refused", "reason": reason})
         else:
             connection.send(self.identity.hello("reply"))

@@ -34,11 +34,12 @@ class Ranks:
         self.exchanger.cancel(attempt)
 
     def complete(self, attempt: str) -> list[Outcome] | None:
-        """The outcomes in rank order once every rank holds its slice of the result."""
+        """The outcomes in rank order once every rank holds its slice of the result; they are told once."""
         with self._lock:
             done = self._done.get(attempt, {})
             if len(done) < self._world or any(outcome.digests is None for outcome in done.values()):
                 return None
+            del self._done[attempt]
             return [done[rank] for rank in range(self._world)]
 
     def _tell(self, message: Message) -> None:

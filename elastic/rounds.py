@@ -266,6 +266,7 @@ class Rounds:
                 return list(self._propose_all())
             case PeerGone(member):
                 self.peers.pop(member, None)
+                self.ahead = [(sender, message) for sender, message in self.ahead if sender != member]
                 return list(self._gone(member))
             case Received(sender, message):
                 return list(self._received(sender, message))

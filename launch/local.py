@@ -21,7 +21,7 @@ from pathlib import Path
 
 from diloco.errors import ConfigError
 from launch.process import Job, Lines, Stop, child_command, forward, supervise
-from launch.regions import Region, find_override, override, parse_override, parse_regions
+from launch.regions import Region, find_override, naming, override, parse_override, parse_regions
 
 TRAIN, LIGHTHOUSE = "diloco.train", "elastic.lighthouse"
 LIGHTHOUSE_SECONDS = 30.0
@@ -116,7 +116,7 @@ def _start(
         f"--nproc-per-node={region.nproc}",
         "-m",
         module,
-        f"+region={region.name}",
+        naming(region.name),
         *settings,
         *given,
     )

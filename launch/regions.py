@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import yaml
@@ -28,6 +29,12 @@ class Region:
     """Ranks."""
     overrides: tuple[str, ...] = ()
     """Of this region only; they come after those of all."""
+
+
+def naming(name: str) -> str:
+    """The override that names a region: its file in configs/region, or the name alone where there is none."""
+    known = resources.files("configs") / "region" / f"{name}.yaml"
+    return f"+region={name}" if known.is_file() else override("region.name", name)
 
 
 def parse_regions(text: str) -> list[Region]:
@@ -56,9 +63,9 @@ def _region(entry: Any) -> Region:
         hint = f"did you mean {near[0]}" if near else "a region has the keys " + ", ".join(_KEYS)
         raise ConfigError(f"regions has the unknown key {unknown[0]} in {entry}: {hint}")
     name, nproc, overrides = fields.get("name"), fields.get("nproc", 1), fields.get("overrides") or []
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
         raise ConfigError(
-            f"regions has name={name} in {entry}: give a name of letters and digits, in quotes if need be"
+            f"regions has name={name} in {entry}: give a name of letters, digits, . and -, in quotes if need be"
         )
     if not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1:
         raise ConfigError(f"regions has nproc={nproc} in {entry}: set it to the number of ranks, 1 or more")

@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diloco.config import explain
 from diloco.errors import ConfigError
 from diloco.metrics import read_metrics
 from launch.local import LIGHTHOUSE, TRAIN, print_line, run_local
@@ -43,8 +44,7 @@ _results: list[Result] = []
 
 
 def run_job(overrides: Sequence[str], run_dir: Path, job: str) -> Result:
-    """One run of a sweep. Exits the sweep with the run's code
-    if that fails, and with 130 if somebody stopped it. Raises ConfigError if no region is named, or the run
+    """One run of a sweep. Exits the sweep with the run's code if that fails, and with 130 if somebody stopped it. Raises ConfigError if no region is named, or the run
     evaluated nothing."""
     regions, rest = split_regions(overrides)
     stop = Stop()
@@ -109,7 +109,7 @@ def main() -> None:
     try:
         sweep()
     except (HydraException, OmegaConfBaseException) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(explain(error), file=sys.stderr)
         sys.exit(2)
     finally:
         if _results:

@@ -16,6 +16,7 @@ from diloco.inner import Inner, InnerConfig
 from diloco.model import build_llama, llama_plan, next_token_loss
 from diloco.parallel import ParallelConfig, layer_of, open_region, parallelize
 from diloco.shards import Shards
+from diloco.train import leave
 
 ARGS = {"vocab": 256, "dim": 32, "layers": 3, "heads": 4, "kv_heads": 4, "ffn": 96}
 
@@ -55,3 +56,4 @@ def known_values(elements: int) -> torch.Tensor:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True")
+    leave(0)  # Gloo's threads can abort the interpreter's finalization on a busy machine

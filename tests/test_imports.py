@@ -46,7 +46,8 @@ PURE = {
     "elastic/rounds.py",
 }
 """Algorithms: torch, the standard library and each other; no sockets, files, processes or clocks."""
-SHELL = set("asyncio http io os pathlib select shutil signal socket ssl subprocess tempfile time urllib".split())
+SHELL = {"asyncio", "http", "io", "os", "pathlib", "select", "shutil", "signal", "socket", "ssl", "subprocess"}
+SHELL |= {"tempfile", "time", "urllib"}
 CLI = "main"
 """The command line of a pure file is not pure, and imports what it needs inside."""
 

@@ -24,7 +24,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger()
-        self.leases: dict[str, tuple[Lease, ...]] = {region: () for region in REGIONS}
+        self.leases: dict[str, tuple[Lease, ...]] = dict.fromkeys(REGIONS, ())
         self.applied: set[int] = set()
         self.returned: dict[int, str] = {}
         self.ids: set[int] = set()
@@ -162,7 +162,7 @@ class AnyReading(RuleBasedStateMachine):
 
     @rule(used=st.booleans(), other=st.integers(0, 5))
     def round(self, used: bool, other: int) -> None:
-        claims = {i: upto for i, upto in self.reader.claims()} if used else {}
+        claims = dict(map(tuple, self.reader.claims())) if used else {}
         self.ledger, left, _ = self.ledger.apply(self.leases, claims)
         self.ledger, _ = self.ledger.grant("us", other)
         self.ledger, more = self.ledger.grant("eu", 12 - sum(lease.left for lease in left))

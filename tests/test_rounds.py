@@ -345,7 +345,7 @@ class World:
     def fail(self, peer: Peer, attempt: str) -> None:
         """The attempt is over for `peer` without a result, and soon for those who still need something of it."""
         transfer = self.transfers.get(attempt)
-        if transfer is None or peer.id in transfer.over or peer.id not in transfer.members:
+        if transfer is None or peer.id in transfer.over or (peer.alive and peer.id not in transfer.started):
             return
         transfer.over[peer.id] = "failed"
         peer.inbox.append(rounds.ExchangeFailed(attempt, frozenset()))
@@ -457,8 +457,8 @@ def simulate(seed: int) -> World:
     world.at(1.5, world.reconnect)
     world.at(0.5, world.break_something)
     world.run(FAULTS + 2)
-    while len(world.alive()) < world.min_regions:
-        world.join(NAMES[world.serial % len(NAMES)] * 2)
+    while sum(peer.id in world.head.members for peer in world.alive()) < world.min_regions:
+        world.join(f"new{world.serial}")
     begin, seen, have = len(world.raw), [len(world.raw)], set()
 
     def everyone_contributed() -> bool:

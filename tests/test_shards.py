@@ -32,7 +32,7 @@ def test_every_mesh_reads_and_writes_the_same_bits(tmp_path: Path, tied: bool) -
     for world, tp in MESHES:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
         command = [sys.executable, *launcher, "-m", "tests.shards_worker", str(tmp_path), str(tp), str(tied)]
-        subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+        subprocess.run(command, env=env, check=True, timeout=120)
     reference = slices(tmp_path, 1, 1, tied, "read")
     for world, tp in MESHES:
         assert bits(slices(tmp_path, world, tp, tied, "read")) == bits(reference)
