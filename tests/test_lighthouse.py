@@ -1,0 +1,154 @@
+"""Discovery: a lighthouse is started where none answers, refused where something else listens, and members meet."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+
+import pytest
+
+from elastic.lighthouse import (
+    LighthouseError,
+    Membership,
+    connect,
+    find_or_serve,
+    host_port,
+    is_local,
+    serve,
+)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_started_where_nothing_answers_and_found_afterwards(stack: ExitStack) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    server = find_or_serve(address)
+    assert server is not None
+    stack.callback(server.shutdown)
+    connect(address).heartbeat("x_1", timeout=timedelta(seconds=2))
+    assert find_or_serve(address) is None
+    with pytest.raises(RuntimeError):
+        serve(*host_port(address))
+
+
+def test_several_that_start_at_once_agree_on_one(stack: ExitStack) -> None:
+    address, servers = f"http://127.0.0.1:{free_port()}", []
+    threads = [threading.Thread(target=lambda: servers.append(find_or_serve(address))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for server in servers:
+        if server is not None:
+            stack.callback(server.shutdown)
+    assert len(servers) == 4 and sum(server is not None for server in servers) == 1
+
+
+@pytest.mark.parametrize("manner", ["mute", "http", "closes"])
+def test_something_else_there_is_refused_in_bounded_time(stack: ExitStack, manner: str) -> None:
+    other = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    kept = []
+
+    def accept() -> None:
+        while True:
+            try:
+                sock, _ = other.accept()
+            except OSError:
+                return
+            if manner == "http":
+                sock.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            kept.append(sock)
+            if manner != "mute":
+                kept.pop().close()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    address, begin = f"http://127.0.0.1:{other.getsockname()[1]}", time.monotonic()
+    try:
+        with pytest.raises(LighthouseError) as caught:
+            find_or_serve(address, wait=0.5)
+    finally:
+        other.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+        for sock in kept:
+            sock.close()
+    assert time.monotonic() - begin < 8
+    assert f"elastic.lighthouse={address}" in str(caught.value) and "not a lighthouse" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_elsewhere_none_is_started() -> None:
+    """TEST-NET-1: nobody answers there."""
+    with pytest.raises(LighthouseError, match=r"does not answer: start one there with `python -m elastic\.lighthouse"):
+        find_or_serve("http://192.0.2.1:29510", wait=0.0)
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "http://", "127.0.0.1", "http://x:", "http://x:port", "x:70000", "https://x:-1", ":80"]
+)
+def test_bad_addresses(bad: str) -> None:
+    with pytest.raises(ValueError, match="is not http://HOST:PORT"):
+        host_port(bad)
+
+
+def test_addresses() -> None:
+    assert host_port("http://a.b:80/") == ("a.b", 80) == host_port("a.b:80")
+    assert is_local("localhost") and is_local("127.0.0.2") and not is_local("10.0.0.1")
+
+
+def until(condition: Callable[[], bool], again: Callable[[], None], seconds: float = 25.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        again()
+        time.sleep(0.2)
+    return condition()
+
+
+def test_members_of_a_run_find_each_other_and_nobody_else(stack: ExitStack) -> None:
+    server, address = serve("127.0.0.1", 0)
+    stack.callback(server.shutdown)
+    found: dict[str, dict[str, str]] = {}
+    names = {"eu_1": "r", "us_2": "r", "foreign_3": "other"}
+    members = [
+        Membership(address, name, f"{name}:1", run, lambda: True, lambda them, name=name: found.update({name: them}))
+        for name, run in names.items()
+    ]
+    for member in members:
+        stack.callback(member.close)
+
+    def ask() -> None:
+        for member in members:
+            member.ask()
+
+    assert until(lambda: bool(found.get("eu_1")) and bool(found.get("us_2")) and "foreign_3" in found, ask)
+    assert found["eu_1"] == {"us_2": "us_2:1"} and found["us_2"] == {"eu_1": "eu_1:1"} and found["foreign_3"] == {}
+
+
+def test_a_lighthouse_that_vanishes_is_taken_up_again(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic.lighthouse.HEARTBEAT_TIMEOUT", 0.5)
+    server, address = serve("127.0.0.1", 0)
+    founds: list[dict[str, str]] = []
+    member = Membership(address, "eu_1", "e:1", "r", lambda: True, founds.append)
+    stack.callback(member.close)
+    assert until(lambda: bool(founds), member.ask)
+    server.shutdown()
+    assert until(lambda: not member.reachable, member.ask)
+    again = None
+    while again is None:
+        again = find_or_serve(address)  # the port may linger for a moment
+    stack.callback(again.shutdown)
+    founds.clear()
+    assert until(lambda: bool(founds) and member.reachable, member.ask)
