@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diloco.codec import Codec
+from diloco.codec import GROUP, Codec
 from diloco.fragments import Fragment, block_digests
 from diloco.outer import weighted_mean
 
@@ -15,6 +15,7 @@ class Averaging:
     """`elastic.exchange.Arithmetic` for these fragments and this codec."""
 
     def __init__(self, fragments: Sequence[Fragment], codec: Codec) -> None:
+        assert all(f.block % GROUP == 0 for f in fragments), "a quantization group must not cross a block"
         self.fragments, self.codec = fragments, codec
 
     def blocks(self, fragment: int) -> int:

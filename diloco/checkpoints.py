@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard
 from ckpt.store import Store
 from diloco.inner import Inner
-from diloco.journal import State, counters
+from diloco.fold import State, counters
 from diloco.parallel import Region
 from diloco.planes import PLANES, Planes
 from diloco.shards import Select, Shards

@@ -94,7 +94,7 @@ def _encode_rows(rows: Tensor) -> Tensor:
 def _decode_rows(rows: Tensor, n: int) -> Tensor:
     """uint8 [r, 4 * groups + n] -> fp32 [r * n]."""
     r, groups = rows.shape[0], -(-n // GROUP)
-    scale = rows[:, : 4 * groups].clone().view(torch.float32).view(r, groups, 1)
+    scale = rows[:, : 4 * groups].clone(memory_format=torch.contiguous_format).view(torch.float32).view(r, groups, 1)
     values = rows[:, 4 * groups :].view(torch.int8).float()
     padded = torch.nn.functional.pad(values, (0, groups * GROUP - n)).view(r, groups, GROUP)
     return (padded * scale).view(r, -1)[:, :n].reshape(-1)

@@ -118,6 +118,8 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 def unknown_key(key: str) -> ConfigError:
     """The sentence for a key that does not exist, naming the nearest that does."""
+    if (above := key.rpartition(".")[0]) in keys():
+        return ConfigError(f"{key} is not among {above} yet: add it with a plus, +{key}=VALUE")
     near = difflib.get_close_matches(key, keys(), n=1) or [k for k in keys() if k.endswith("." + key.split(".")[-1])]
     hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join(typing.get_type_hints(Config))}"
     return ConfigError(f"unknown key {key}: {hint}")
@@ -133,7 +135,7 @@ def explain(error: Exception) -> ConfigError:
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return ConfigError(f"{match[1]}={match[2]} does not exist: set it to one of {', '.join(options)}")
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
+    if match := re.search(r"Missing mandatory value: .*full_key: (\S+)", text, re.DOTALL):
         return ConfigError(f"{match[1]} is not set: add {match[1]}=VALUE")
     return ConfigError(f"the overrides cannot be read: {' '.join(text.split())}")
 

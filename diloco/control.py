@@ -7,7 +7,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diloco.journal import Journal, State
+from diloco.fold import State
+from diloco.journal import Journal
 from elastic import rounds
 from elastic.coordinator import Coordinator
 

@@ -23,7 +23,8 @@ from diloco.config import Config, store_url
 from diloco.control import Control, Order, RunLedger
 from diloco.errors import ConfigError
 from diloco.fragments import digest
-from diloco.journal import PROTOCOL, Journal, JournalError, Settings, State, canonical, fold_all
+from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
+from diloco.journal import Journal
 from diloco.parallel import Region
 from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
@@ -249,8 +250,8 @@ def _host(cfg: Config) -> str:
 
 def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> None:
     """Appends `join` and applies what came before it. Collective."""
-    region = trainer.region
-    while trainer.links.member not in trainer.state.members:
+    region, joined = trainer.region, False
+    while not joined and trainer.state.stopped is None:
         new: list[bytes] = []
         if region.rank == 0:
             fields = {
@@ -264,8 +265,7 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> 
             new = journal.read()
         for entry in _spread(trainer, new):
             trainer.apply(entry)
-        if trainer.state.stopped is not None:
-            return
+            joined = joined or trainer.links.member in trainer.state.members  # once: who was succeeded stays out
 
 
 def _take_control(trainer: Trainer, journal: Journal, endpoints: list[str], stack: ExitStack) -> None:

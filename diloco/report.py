@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diloco.config import Config
 from diloco.inner import StepStats
-from diloco.journal import State
+from diloco.fold import State
 from diloco.metrics import (
     EvalRecord,
     Metrics,

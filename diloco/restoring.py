@@ -12,7 +12,8 @@ import torch
 from ckpt.checkpoint import DamagedError, verify
 from diloco.checkpoints import Checkpoints
 from diloco.errors import ConfigError
-from diloco.journal import Journal, State, entry_hash, fold
+from diloco.fold import State, entry_hash, fold
+from diloco.journal import Journal
 from diloco.trainer import Trainer
 from elastic import recovery
 from elastic.node import Node

@@ -88,7 +88,7 @@ def show() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong with the overrides instead of printing it
     try:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(_nothing)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error) from error
     return 0
 

@@ -23,7 +23,8 @@ from diloco.errors import ConfigError
 from diloco.evaluate import evaluate
 from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner
-from diloco.journal import PROTOCOL, Journal, State, fold
+from diloco.fold import PROTOCOL, State, fold
+from diloco.journal import Journal
 from diloco.ledger import LeaseReader
 from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Planes
@@ -43,6 +44,8 @@ class Snapshot:
 
     key: tuple[int, int, int]
     flat: Tensor
+    at: int
+    """The region's inner steps then."""
     steps: int
     tokens: int
 
@@ -167,7 +170,7 @@ class Trainer:
         key = (epoch, fragment, base)
         self.links.exchanger.offer(key, self.averaging.encode(fragment, delta))
         steps, tokens = self.work[fragment]
-        self.snapshot, self.since = Snapshot(key, flat, steps, tokens), 0
+        self.snapshot, self.since = Snapshot(key, flat, self.steps, steps, tokens), 0
         answer = {
             "tokens": tokens,
             "steps": steps,
@@ -201,24 +204,22 @@ class Trainer:
         self.stored[seq] = entry["attempt"]
         if self.planes.bases[f] >= seq:
             return  # these planes came from a peer or a checkpoint that had it already
-        used = self.links.member in [answer["member"] for answer in entry["answers"]]
         key = (entry["epoch"], f, entry["base"])
         snapshot = self.snapshot if self.snapshot is not None and self.snapshot.key == key else None
+        used = snapshot if self.links.member in [answer["member"] for answer in entry["answers"]] else None
         bits = self.links.exchanger.result(entry["attempt"])
         if bits is None:
             bits = self.fetch_bits(entry)
-        if used and self.since == 0:
-            local = torch.zeros(())  # no step since the snapshot: no progress to keep
-        else:
-            local = self.shards.read(f).sub_(snapshot.flat if used and snapshot else self.planes.theta[f])
+        idle = used is not None and used.at == self.steps
+        progress = torch.zeros(()) if idle else self.shards.read(f).sub_(used.flat if used else self.planes.theta[f])
         gradient = self.outer_step(entry, bits)
-        self.shards.write(f, self.planes.theta[f] + local)
-        if used and snapshot is not None:
-            self.work[f] = [self.work[f][0] - snapshot.steps, self.work[f][1] - snapshot.tokens]
-            if self.since == 0:
-                self.at_theta.add(f)
+        self.shards.write(f, self.planes.theta[f] + progress)
+        if used is not None:
+            self.work[f] = [self.work[f][0] - used.steps, self.work[f][1] - used.tokens]
         else:
             self.since = 0  # counted from the last merge
+        if idle:
+            self.at_theta.add(f)
         self.snapshot = None if snapshot is not None else self.snapshot
         self.links.exchanger.decided(key)
         self.after_round(before, entry, gradient)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.store import Store, StoreError
-from diloco.journal import Journal, JournalError, State
+from diloco.fold import JournalError, State
+from diloco.journal import Journal
 from diloco.metrics import count, read_metrics, size
 
 Records = Sequence[Mapping[str, Any]]

@@ -44,8 +44,8 @@ _results: list[Result] = []
 
 
 def run_job(overrides: Sequence[str], run_dir: Path, job: str) -> Result:
-    """One run of a sweep. Exits the sweep with the run's code if that fails, and with 130 if somebody stopped it. Raises ConfigError if no region is named, or the run
-    evaluated nothing."""
+    """One run of a sweep. Exits the sweep with the run's code if that fails, and with 130 if somebody stopped it. Raises
+    ConfigError if no region is named, or the run evaluated nothing."""
     regions, rest = split_regions(overrides)
     stop = Stop()
     code = run_local(regions, rest, run_dir, print_line, stop=stop, module=TRAIN, lighthouse=LIGHTHOUSE)

@@ -38,7 +38,7 @@ PURE = {
     "diloco/averaging.py",
     "diloco/codec.py",
     "diloco/fragments.py",
-    "diloco/journal.py",
+    "diloco/fold.py",
     "diloco/ledger.py",
     "diloco/outer.py",
     "diloco/planes.py",
@@ -149,7 +149,7 @@ def test_no_pickle() -> None:
         ("diloco/outer.py", "import numpy"),
         ("diloco/codec.py", "import os"),
         ("diloco/ledger.py", "from diloco.trainer import Trainer"),
-        ("diloco/journal.py", "def read():\n    from ckpt.store import Store"),
+        ("diloco/fold.py", "def read():\n    from ckpt.store import Store"),
         ("elastic/plan.py", "import elastic.wire"),
     ],
 )
@@ -159,5 +159,5 @@ def test_an_offence_is_seen(path: str, source: str) -> None:
 
 def test_what_is_allowed_is_allowed() -> None:
     assert offences("diloco/outer.py", "import torch\nimport math\nfrom diloco.codec import Codec") == []
-    assert offences("diloco/journal.py", "def main():\n    from ckpt.store import Store") == []
+    assert offences("diloco/fold.py", "def main():\n    from ckpt.store import Store") == []
     assert offences("diloco/train.py", "import hydra\nfrom omegaconf import DictConfig") == []

@@ -19,21 +19,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckpt.store import Store
-from diloco.journal import (
+from diloco.fold import (
     PROTOCOL,
     FragmentState,
-    Journal,
     JournalError,
     Settings,
     State,
     counters,
     encode_entry,
-    entry_key,
     fold,
     fold_all,
     invalid,
-    main,
 )
+from diloco.journal import Journal, entry_key, main
 from diloco.ledger import Lease, Returned
 
 SETTINGS = Settings(
@@ -504,7 +502,7 @@ def test_any_order_of_entries_accounts_for_every_sample(actions: list, start_reg
             assert [m for m in log.state.members if m.startswith(region)] == [f"{region}_{number}"]
         elif kind == "leave" and current:
             log.add({"kind": "leave", "member": current[who % len(current)]})
-        elif kind == "round" and current:
+        elif kind == "round" and current and before.ledger.cursor:
             used = [m for i, m in enumerate(current) if who >> i & 1] or current
             claims = {m: [(x.id, x.stop - much % (x.left + 1)) for x in before.members[m].leases] for m in used}
             log.add(log.round(*(answer(m, *claims[m]) for m in used), fragment=before.rounds % fragments))
@@ -739,3 +737,14 @@ def test_lease_is_not_mutable() -> None:
     """A state is shared between threads."""
     with pytest.raises(AttributeError):
         Lease(0, 0, 1, 0).applied = 1  # type: ignore[misc]
+
+
+def test_before_the_run_begins_no_round_is_valid_and_a_lease_counts_once() -> None:
+    log = Log(opening(start_regions=2))
+    log.add(joining("eu_1"))
+    assert "start_regions=2" in (invalid(log.state, log.round(answer("eu_1"))) or "")
+    log.add(joining("us_1"))
+    assert invalid(log.state, log.round(answer("eu_1", (0, 8)))) is None
+    twice = answer("eu_1", (0, 8))
+    twice["leases"] = [[0, 8], [0, 3]]
+    assert "does not hold" in (invalid(log.state, log.round(twice)) or "")

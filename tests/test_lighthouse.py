@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +23,8 @@ from elastic.lighthouse import (
     is_local,
     serve,
 )
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> int:
@@ -137,18 +142,32 @@ def test_members_of_a_run_find_each_other_and_nobody_else(stack: ExitStack) -> N
     assert found["eu_1"] == {"us_2": "us_2:1"} and found["us_2"] == {"eu_1": "eu_1:1"} and found["foreign_3"] == {}
 
 
-def test_a_lighthouse_that_vanishes_is_taken_up_again(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def start(bind: str, stack: ExitStack) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elastic.lighthouse", "--bind", bind], cwd=REPO, stdout=subprocess.PIPE, text=True
+    )
+    stack.callback(process.stdout.close)  # type: ignore[union-attr]
+    stack.callback(process.wait, 10)
+    stack.callback(process.kill)
+    line = process.stdout.readline()  # type: ignore[union-attr]
+    return process, line.removeprefix("lighthouse ").strip()
+
+
+def test_a_lighthouse_that_is_killed_and_comes_back_is_taken_up_again(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("elastic.lighthouse.HEARTBEAT_TIMEOUT", 0.5)
-    server, address = serve("127.0.0.1", 0)
+    process, address = start("127.0.0.1:0", stack)
     founds: list[dict[str, str]] = []
     member = Membership(address, "eu_1", "e:1", "r", lambda: True, founds.append)
     stack.callback(member.close)
     assert until(lambda: bool(founds), member.ask)
-    server.shutdown()
+    process.kill()
+    process.wait(10)
     assert until(lambda: not member.reachable, member.ask)
-    again = None
-    while again is None:
-        again = find_or_serve(address)  # the port may linger for a moment
-    stack.callback(again.shutdown)
     founds.clear()
+    again, same = start(address.removeprefix("http://"), stack)
+    assert same == address
     assert until(lambda: bool(founds) and member.reachable, member.ask)
+    again.terminate()
+    assert again.wait(10) == 0

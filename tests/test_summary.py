@@ -14,7 +14,8 @@ import pytest
 
 from ckpt.store import Store
 from diloco.errors import ConfigError
-from diloco.journal import PROTOCOL, Journal
+from diloco.fold import PROTOCOL
+from diloco.journal import Journal
 from diloco.metrics import EvalRecord, Metrics, RoundRecord, RunRecord, StepRecord
 from launch.regions import Region
 from launch.summary import describe, main, read_summary
@@ -191,7 +192,7 @@ def test_a_job_that_fails_ends_the_sweep_with_its_code(tmp_path: Path) -> None:
     [
         (["+region=eu"], "runs sweeps: add -m"),
         (["-m", "outer.lr=1"], "+region=eu or"),
-        (["-m", "+region=eu", "outer.lrr=1,2"], "override 'outer.lrr'"),
+        (["-m", "+region=eu", "outer.lrr=1,2"], "did you mean outer.lr?"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:

@@ -158,7 +158,8 @@ def test_a_header_that_is_no_object_is_refused(json_bytes: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("json_size", "payload_size"), [(wire.MAX_JSON + 1, 0), (2, wire.MAX_PAYLOAD + 1), (2, 10 << 30), (2**32 - 1, 2**64 - 1)]
+    ("json_size", "payload_size"),
+    [(wire.MAX_JSON + 1, 0), (2, wire.MAX_PAYLOAD + 1), (2, 10 << 30), (2**32 - 1, 2**64 - 1)],
 )
 def test_lengths_are_bounded_before_anything_is_allocated(json_size: int, payload_size: int) -> None:
     with pair() as (a, b):

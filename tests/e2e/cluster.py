@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt.store import Store
-from diloco.journal import Journal, State
+from diloco.fold import State
+from diloco.journal import Journal
 
 SMALL = [
     "model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn: 128, tied: true}",

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from diloco import train, trainer
-from diloco.journal import State
+from diloco.fold import State
 
 
 class Recorded(trainer.Trainer):

@@ -24,7 +24,9 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
 
 
-def plain(members: int, rounds: int, sync_every: int, lr: float, momentum: float) -> tuple[list[list[float]], list[float]]:
+def plain(
+    members: int, rounds: int, sync_every: int, lr: float, momentum: float
+) -> tuple[list[list[float]], list[float]]:
     """Training losses of each member by step, and the held-out loss after each round."""
     torch.manual_seed(0)
     shared = build_llama(**ARGS)

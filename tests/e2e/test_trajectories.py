@@ -10,7 +10,8 @@ import pytest
 
 from ckpt.store import Store
 from diloco.fragments import BLOCK
-from diloco.journal import Journal, fold
+from diloco.fold import fold
+from diloco.journal import Journal
 from tests.e2e.cluster import Cluster
 from tests.reference import diloco_round
 
