@@ -280,8 +280,11 @@ class Exchanger:
                 message, payload = connection.receive()
                 if message.get("type") == "end":
                     return
+                if message.get("type") == "failed":  # says whom it waited for in vain: not itself
+                    suspects = frozenset(map(str, message["suspects"])) & frozenset(members)
+                    return attempt.fail(suspects, f"{hello['member']} gave up on {', '.join(suspects) or 'the attempt'}")
                 attempt.deliver(sender, str(message.get("type")), message.get("first"), payload)
-        except OSError as error:
+        except (OSError, KeyError, TypeError) as error:
             attempt.fail(frozenset([hello["member"]]), f"the exchange with {hello['member']} broke: {error}")
 
 
@@ -349,8 +352,8 @@ class _Line(threading.Thread):
                     source = attempt.contribution if kind == "part" else attempt.result
                     data = attempt.cut(source, first, last)
                     connection.send({"type": kind, "first": first, "last": last}, data.numpy().data)
-                if attempt.failed is None:
-                    connection.send({"type": "end"})
+                failed = attempt.failed
+                connection.send({"type": "end"} if failed is None else {"type": "failed", "suspects": sorted(failed.suspects)})
             finally:
                 with attempt.changed:
                     attempt.sent += connection.sent

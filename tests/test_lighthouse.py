@@ -114,6 +114,14 @@ def test_addresses() -> None:
     assert is_local("localhost") and is_local("127.0.0.2") and not is_local("10.0.0.1")
 
 
+def end(member: Membership) -> None:
+    """Its threads must not be inside a native call when the interpreter ends."""
+    member.close()
+    for thread in member._threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def until(condition: Callable[[], bool], again: Callable[[], None], seconds: float = 25.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -132,7 +140,7 @@ def test_members_of_a_run_find_each_other_and_nobody_else(stack: ExitStack) -> N
         for name, run in names.items()
     ]
     for member in members:
-        stack.callback(member.close)
+        stack.callback(end, member)
 
     def ask() -> None:
         for member in members:
@@ -160,7 +168,7 @@ def test_a_lighthouse_that_is_killed_and_comes_back_is_taken_up_again(
     process, address = start("127.0.0.1:0", stack)
     founds: list[dict[str, str]] = []
     member = Membership(address, "eu_1", "e:1", "r", lambda: True, founds.append)
-    stack.callback(member.close)
+    stack.callback(end, member)
     assert until(lambda: bool(founds), member.ask)
     process.kill()
     process.wait(10)
