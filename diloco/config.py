@@ -9,12 +9,13 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import OverrideParseException
 from torch import nn
 
 from ckpt.store import Store, StoreError
@@ -118,26 +119,30 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 def unknown_key(key: str) -> ConfigError:
     """The sentence for a key that does not exist, naming the nearest that does."""
-    if (above := key.rpartition(".")[0]) in keys():
-        return ConfigError(f"{key} is not among {above} yet: add it with a plus, +{key}=VALUE")
+    if key in keys() or key.rpartition(".")[0] in keys():  # below a key whose value is a mapping
+        return ConfigError(f"{key} has nothing of that name to override: add it with a plus, +{key}=VALUE")
     near = difflib.get_close_matches(key, keys(), n=1) or [k for k in keys() if k.endswith("." + key.split(".")[-1])]
     hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join(typing.get_type_hints(Config))}"
     return ConfigError(f"unknown key {key}: {hint}")
 
 
-def explain(error: Exception) -> ConfigError:
-    """Hydra's several lines as one sentence with the key and the fix."""
+def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's several lines about the overrides as one sentence with the key and the fix."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override} is not an override: write key=value, with quotes around odd characters")
     if match := re.search(r"Could not override '([^']+)'.*default list use (\+\S+)", text, re.DOTALL):
         return ConfigError(f"{match[1]} is not in the config yet: add it with a plus, {match[2]}")
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return ConfigError(f"{match[1]} is in the config already: set it without the plus, {match[1]}=VALUE")
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
-    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+    if match := re.search(r"Could not find '([^'/]+)/([^']*)'", text):
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         return ConfigError(f"{match[1]}={match[2]} does not exist: set it to one of {', '.join(options)}")
     if match := re.search(r"Missing mandatory value: .*full_key: (\S+)", text, re.DOTALL):
         return ConfigError(f"{match[1]} is not set: add {match[1]}=VALUE")
-    return ConfigError(f"the overrides cannot be read: {' '.join(text.split())}")
+    return ConfigError(f"{' '.join(overrides)} cannot be composed: {' '.join(text.split())}")
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -299,12 +299,13 @@ def leave_on_signals(trainer: Trainer) -> None:
 
     def handler(number: int, _: object) -> None:
         control = trainer.links.control
-        if control is None or control.leaving:
-            if trainer.region.rank == 0:
-                sys.stdout.flush()
-                os._exit(128 + number)  # not sys.exit: nothing may delay it, and see diloco.train.leave
-            return
+        if control is None:
+            return  # rank 0 decides
+        if control.leaving:
+            os._exit(128 + number)  # not sys.exit: nothing may delay it, and see diloco.train.leave
         control.leaving = f"asked to leave ({signal.Signals(number).name})"
+        line = f"{trainer.links.member}: {control.leaving}, does so after this step; a second time exits at once\n"
+        os.write(sys.stdout.fileno(), line.encode())  # not print, which the signal may have interrupted
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)

@@ -33,8 +33,8 @@ def compose_config(overrides: list[str]) -> Config:
         with initialize_config_module("configs", version_base="1.3"):
             composed = compose("config", overrides=overrides)
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error, overrides) from error
     return from_dict(values)
 
 
@@ -89,7 +89,7 @@ def show() -> int:
     try:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(_nothing)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise explain(error) from error
+        raise explain(error, sys.argv[1:]) from error
     return 0
 
 

@@ -114,7 +114,9 @@ class Attempt:
         self.first, self.last = rank_blocks(blocks, self.rank, worlds[self.order.me])
         self.cells = [c for c in cells(blocks, worlds) if c.ranks[self.order.me] == self.rank]
         self.result = torch.empty(self._size(self.first, self.last), dtype=torch.uint8)
-        self.parts_due = {(k, a) for cell in self.cells for k in self.others for a, _ in chunks(*cell.owned(self.order.me))}
+        self.parts_due = {
+            (k, a) for cell in self.cells for k in self.others for a, _ in chunks(*cell.owned(self.order.me))
+        }
         """Keys of `parts` that have not come yet."""
         self.missing = {a for cell in self.cells for k in self.others for a, _ in chunks(*cell.owned(k))}
         """First blocks of the result chunks that other members still owe."""
@@ -282,7 +284,9 @@ class Exchanger:
                     return
                 if message.get("type") == "failed":  # says whom it waited for in vain: not itself
                     suspects = frozenset(map(str, message["suspects"])) & frozenset(members)
-                    return attempt.fail(suspects, f"{hello['member']} gave up on {', '.join(suspects) or 'the attempt'}")
+                    return attempt.fail(
+                        suspects, f"{hello['member']} gave up on {', '.join(suspects) or 'the attempt'}"
+                    )
                 attempt.deliver(sender, str(message.get("type")), message.get("first"), payload)
         except (OSError, KeyError, TypeError) as error:
             attempt.fail(frozenset([hello["member"]]), f"the exchange with {hello['member']} broke: {error}")
@@ -353,12 +357,16 @@ class _Line(threading.Thread):
                     data = attempt.cut(source, first, last)
                     connection.send({"type": kind, "first": first, "last": last}, data.numpy().data)
                 failed = attempt.failed
-                connection.send({"type": "end"} if failed is None else {"type": "failed", "suspects": sorted(failed.suspects)})
+                connection.send(
+                    {"type": "end"} if failed is None else {"type": "failed", "suspects": sorted(failed.suspects)}
+                )
             finally:
                 with attempt.changed:
                     attempt.sent += connection.sent
                 self.node.release(connection)
         except OSError as error:
+            with attempt.changed:  # if the peer gave up on somebody else, it is just saying so on a line of its own
+                attempt.changed.wait_for(lambda: attempt.failed is not None, 0.1)
             attempt.fail(frozenset([self.party.member]), f"the exchange with {self.party.member} broke: {error}")
 
 

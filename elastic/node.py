@@ -114,6 +114,8 @@ class Node:
         try:
             connection.sock.settimeout(HANDSHAKE_TIMEOUT)
             hello, _ = connection.receive()
+            if self._closed:
+                return
             if handler := self._greet(connection, hello):
                 connection.sock.settimeout(None)
                 handler(connection, hello)

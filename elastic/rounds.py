@@ -6,213 +6,35 @@ entry per seq, valid against the entries before it); everything here serves prog
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-Message = dict[str, Any]
+from elastic.events import (
+    Action,
+    Alarm,
+    Answered,
+    Append,
+    Ask,
+    Cancel,
+    Due,
+    Event,
+    Exchange,
+    Exchanged,
+    ExchangeFailed,
+    Halt,
+    Message,
+    PeerGone,
+    PeerSeen,
+    Read,
+    Received,
+    Send,
+    SetAlarm,
+    View,
+)
+from elastic.proposal import Proposal, attempt_id, check, odd_ones, parse_proposal
 
 AHEAD = 1000
 """Messages kept until the entries that they are about are read."""
-
-
-# Events
-
-
-@dataclass(frozen=True)
-class View:
-    """What the journal says, folded up to `seq`. The machine needs no more of it."""
-
-    seq: int
-    epoch: int
-    bases: tuple[int, ...]
-    members: tuple[str, ...]
-    stopped: bool = False
-    first: bool = True
-    """No round has been committed yet."""
-
-
-@dataclass(frozen=True)
-class Due:
-    """This member reached its boundary for `fragment`."""
-
-    fragment: int
-    base: int | None = None
-    """The fragment's last round as the main loop knows it; the event is void if there was another since."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The main loop took the snapshot that an `Ask` asked for. answer: tokens, steps, norm, digests, leases ..."""
-
-    fragment: int
-    epoch: int
-    base: int
-    answer: Message
-
-
-@dataclass(frozen=True)
-class PeerSeen:
-    """A control connection to `member` stands, and says which members `member` is connected to itself."""
-
-    member: str
-    sees: frozenset[str]
-
-
-@dataclass(frozen=True)
-class PeerGone:
-    """The last control connection to `member` broke, or it said goodbye."""
-
-    member: str
-
-
-@dataclass(frozen=True)
-class Received:
-    sender: str
-    message: Message
-
-
-@dataclass(frozen=True)
-class Exchanged:
-    """All ranks of this region hold the whole result of `attempt`."""
-
-    attempt: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class ExchangeFailed:
-    attempt: str
-    suspects: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A timer that `SetAlarm` asked for."""
-
-    name: str
-    fragment: int
-    attempt: str
-
-
-Event = View | Due | Answered | PeerSeen | PeerGone | Received | Exchanged | ExchangeFailed | Alarm
-
-
-# Actions
-
-
-@dataclass(frozen=True)
-class Send:
-    member: str
-    message: Message
-
-
-@dataclass(frozen=True)
-class Ask:
-    """The main loop shall snapshot `fragment` at its next boundary and report `Answered`."""
-
-    fragment: int
-    epoch: int
-    base: int
-
-
-@dataclass(frozen=True)
-class Exchange:
-    attempt: str
-    fragment: int
-    epoch: int
-    base: int
-    answers: tuple[Message, ...]
-    """In member order."""
-
-
-@dataclass(frozen=True)
-class Cancel:
-    attempt: str
-
-
-@dataclass(frozen=True)
-class Append:
-    """Try to create this journal entry at the next seq; read the journal afterwards, whatever came of it."""
-
-    fields: Message
-
-
-@dataclass(frozen=True)
-class Read:
-    """Read the journal and report a `View`, also if nothing is new."""
-
-
-@dataclass(frozen=True)
-class SetAlarm:
-    alarm: Alarm
-    kind: str
-    """jitter: a short random time; patience: longer than the lowest member needs to append; minority: longer than
-    detection plus an exchange."""
-
-
-@dataclass(frozen=True)
-class Halt:
-    """This member cannot go on; `reason` is one sentence."""
-
-    reason: str
-
-
-Action = Send | Ask | Exchange | Cancel | Append | Read | SetAlarm | Halt
-
-
-@dataclass(frozen=True)
-class Proposal:
-    fragment: int
-    epoch: int
-    base: int
-    head: int
-    number: int
-    proposer: str
-    members: tuple[str, ...]
-
-    def beats(self, other: Proposal | None) -> bool:
-        """The highest number wins, then the lowest proposer."""
-        return other is None or (-self.number, self.proposer) < (-other.number, other.proposer)
-
-    def message(self, kind: str, **more: Any) -> Message:
-        return {"type": kind, **self.__dict__, "members": list(self.members), **more}
-
-
-def parse_proposal(message: Message) -> Proposal:
-    """Raises KeyError, TypeError or ValueError on a malformed message."""
-    numbers = {k: _integer(message[k]) for k in ("fragment", "epoch", "base", "head", "number")}
-    return Proposal(**numbers, proposer=str(message["proposer"]), members=tuple(map(str, message["members"])))
-
-
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r} is not an integer")
-    return value
-
-
-def check(message: Message) -> None:
-    """Raises KeyError, TypeError or ValueError on what no member sends. What passes is safe to keep and to handle."""
-    kind = message["type"]
-    _integer(message.get("head", -1))
-    if kind in ("propose", "answer", "start", "held"):
-        members = parse_proposal(message).members
-        if list(members) != sorted(set(members)):
-            raise ValueError("a proposal's members are not a sorted set")
-    for answer in message["answers"] if kind == "start" else [message["answer"]] if kind == "answer" else ():
-        _integer(answer["tokens"])
-        for lease, upto in answer["leases"]:
-            _integer(lease), _integer(upto)
-        if not all(isinstance(answer[key], str) for key in ("member", "theta", "momentum")):
-            raise TypeError("an answer's member and digests are not strings")
-
-
-def attempt_id(proposal: Proposal, answers: list[Message]) -> str:
-    """The hash of the proposal and the list of answers: who computes the same id exchanges the same thing."""
-    data = json.dumps([proposal.message("start"), answers], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(data.encode()).hexdigest()[:32]
 
 
 @dataclass
@@ -442,7 +264,9 @@ class Rounds:
         assert view is not None
         if proposal.proposer != sender or not 0 <= proposal.fragment < len(view.bases) or view.stopped:
             return
-        if (proposal.epoch, proposal.base) != (view.epoch, view.bases[proposal.fragment]) or not self._current(proposal):
+        if (proposal.epoch, proposal.base) != (view.epoch, view.bases[proposal.fragment]) or not self._current(
+            proposal
+        ):
             yield Send(sender, {"type": "head", "head": view.seq})
             return
         if self.me not in proposal.members:
@@ -553,11 +377,3 @@ class Rounds:
         elif alarm.name == "minority" and alarm.attempt == str(self.view.seq):
             flight.waited = self.view.seq
             yield from self._propose(alarm.fragment)
-
-
-def odd_ones(answers: list[Message], me: str) -> set[str]:
-    """Members whose θ or momentum digest differs from the majority's; a tie goes to the side of `me`."""
-    sides = {answer["member"]: (answer["theta"], answer["momentum"]) for answer in answers}
-    votes = list(sides.values())
-    majority = max(set(votes), key=lambda side: (votes.count(side), side == sides[me]))
-    return {member for member, side in sides.items() if side != majority}

@@ -109,7 +109,7 @@ def main() -> None:
     try:
         sweep()
     except (HydraException, OmegaConfBaseException) as error:
-        print(explain(error), file=sys.stderr)
+        print(explain(error, sys.argv[1:]), file=sys.stderr)
         sys.exit(2)
     finally:
         if _results:

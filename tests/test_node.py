@@ -147,9 +147,10 @@ def test_a_handler_that_makes_no_sense_of_a_message_ends_its_connection_alone(
 
 def test_close_wakes_handlers_and_peers_and_frees_the_port(nodes: Make) -> None:
     eu, us = nodes(EU), nodes(US)
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def handler(connection: Connection, hello: Message) -> None:
+        begun.set()
         try:
             connection.receive()
         finally:
@@ -157,7 +158,7 @@ def test_close_wakes_handlers_and_peers_and_frees_the_port(nodes: Make) -> None:
 
     eu.handlers["wait"] = handler
     connection, _ = us.dial(eu.endpoint, "wait")
-    assert until(lambda: bool(eu._open))
+    assert begun.wait(5)
     eu.close()
     assert ended.wait(5)
     with pytest.raises(ConnectionError):

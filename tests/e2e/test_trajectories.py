@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ckpt.store import Store
-from diloco.fragments import BLOCK
 from diloco.fold import fold
+from diloco.fragments import BLOCK
 from diloco.journal import Journal
 from tests.e2e.cluster import Cluster
 from tests.reference import diloco_round
