@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from diloco.codec import GROUP, Codec
 from diloco.fragments import Fragment, block_digests
 from diloco.outer import weighted_mean
+from elastic.plan import chunks
+
+RUN = 16
+"""Blocks (4 MiB of fp32) that are worked on at a time, so that temporaries do not grow with the fragment."""
 
 
 class Averaging:
@@ -36,6 +41,27 @@ class Averaging:
     def decode(self, fragment: int, first: int, last: int, data: Tensor) -> Tensor:
         """uint8 of the blocks [first, last) -> fp32."""
         return self.codec.decode(data, self.elements(fragment, first, last), self.fragments[fragment].block)
+
+    def encode_difference(
+        self, fragment: int, first: int, last: int, minuend: Tensor, subtrahend: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(uint8 of minuend - subtrahend, sum of its squares: fp64 scalar). Both fp32, the blocks [first, last)."""
+        data, squares = (
+            torch.empty(self.size(fragment, first, last), dtype=torch.uint8),
+            torch.zeros((), dtype=torch.float64),
+        )
+        for a, b in chunks(first, last, RUN):
+            start, stop = self.elements(fragment, first, a), self.elements(fragment, first, b)
+            delta = minuend[start:stop] - subtrahend[start:stop]
+            squares += delta.double().square_().sum()
+            data[self.size(fragment, first, a) : self.size(fragment, first, b)] = self.encode(fragment, delta)
+        return data, squares
+
+    def decode_runs(self, fragment: int, first: int, last: int, data: Tensor) -> Iterator[Tensor]:
+        """What `decode` returns, in pieces from first to last."""
+        for a, b in chunks(first, last, RUN):
+            part = data[self.size(fragment, first, a) : self.size(fragment, first, b)]
+            yield self.decode(fragment, a, b, part)
 
     def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         mean = weighted_mean([self.decode(fragment, first, last, part) for part in parts], weights)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard
 from ckpt.store import Store
-from diloco.inner import Inner
 from diloco.fold import State, counters
+from diloco.inner import Inner
 from diloco.parallel import Region
 from diloco.planes import PLANES, Planes
 from diloco.shards import Select, Shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARD = 1 << 24
+"""Elements in a file (64 MiB): what a save needs in memory beside the planes, and a request that a store takes whole."""
 
 
 class Checkpoints:
@@ -65,13 +67,13 @@ class Checkpoints:
         """progress: the trainer's own counters (JSON)."""
         body = {"seq": state.seq, "hash": state.hash, "progress": progress}
         root = f"{self.own_root}/{name}"
-        pieces = [
-            _piece(plane, f, self.shards.read(f, select), self.shards)
-            for plane, select in _selections(inner).items()
-            for f in range(len(self.shards.fragments))
-        ]
-        self._save(f"{root}/{state.seq}", "r", body, pieces)
+        self._save(f"{root}/{state.seq}", "r", body, self._own_pieces(inner))
         self._prune(root)
+
+    def _own_pieces(self, inner: Inner) -> Iterator[Piece]:
+        for plane, select in _selections(inner).items():
+            for f in range(len(self.shards.fragments)):
+                yield from _cut(plane, f, *self.shards.span(f), self.shards.read(f, select))
 
     def own(self, name: str) -> Iterator[dict[str, Any]]:
         """Manifests of the region's own planes that load, newest first. Rank 0 asks."""
@@ -120,11 +122,12 @@ class Checkpoints:
     def _bits(self, attempt: str) -> list[str]:
         return self.store.list(f"{self.bits_root}/{attempt}/")
 
-    def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: list[Piece]) -> str:
-        record = save_shard(self.store, prefix, f"{shard}{self.region.rank}", pieces)
-        records = [json.loads(data) for data in self.region.gather_bytes(json.dumps(record).encode())]
+    def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: Iterator[Piece]) -> str:
+        name = f"{shard}{self.region.rank}"
+        mine = [save_shard(self.store, prefix, f"{name}-{i}", group) for i, group in enumerate(_groups(pieces))]
+        records = [json.loads(data) for data in self.region.gather_bytes(json.dumps(mine).encode())]
         if self.region.rank == 0:
-            commit_manifest(self.store, prefix, body, records)
+            commit_manifest(self.store, prefix, body, [record for rank in records for record in rank])
         self.region.barrier()
         return prefix
 
@@ -158,17 +161,29 @@ def _selections(inner: Inner) -> dict[str, Select]:
     return {"x": lambda parameter: parameter, **{name: moment(name) for name in MOMENTS}}
 
 
-def _global_pieces(planes: Planes) -> list[Piece]:
-    pieces = []
+def _global_pieces(planes: Planes) -> Iterator[Piece]:
     for f, fragment in enumerate(planes.fragments):
-        start, stop = fragment.span(*planes.slices[f])
-        pieces += [Piece(plane, f, start, stop, getattr(planes, plane)[f]) for plane in PLANES]
-    return pieces
+        for plane in PLANES:
+            yield from _cut(plane, f, *fragment.span(*planes.slices[f]), getattr(planes, plane)[f])
 
 
-def _piece(plane: str, fragment: int, flat: Tensor, shards: Shards) -> Piece:
-    start, stop = shards.span(fragment)
-    return Piece(plane, fragment, start, stop, flat.to(torch.float32))
+def _cut(plane: str, fragment: int, start: int, stop: int, flat: Tensor) -> Iterator[Piece]:
+    """Elements [start, stop) as pieces that fit in a shard. Copies, so that none of them keeps `flat` in memory."""
+    for a in range(start, stop, SHARD):
+        b = min(a + SHARD, stop)
+        yield Piece(plane, fragment, a, b, flat[a - start : b - start].clone())
+
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of one shard after the other: as many as fit."""
+    group: list[Piece] = []
+    for piece in pieces:
+        if group and sum(p.stop - p.start for p in [*group, piece]) > SHARD:
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
 
 
 def _report(prefix: str, error: DamagedError) -> None:

@@ -103,8 +103,8 @@ class Control:
         self.alive_at = time.monotonic()
         self._told = False
         self._asks: list[rounds.Ask] = []
-        self._due: tuple[int, int] | None = None
-        """(fragment, base) of the boundary that the coordinator knows of."""
+        self._due: tuple[int, int, int] | None = None
+        """(fragment, base, epoch) of the boundary that the coordinator knows of."""
 
     def next(self, state: State, status: Status) -> Order:
         self.alive_at = time.monotonic()
@@ -113,8 +113,8 @@ class Control:
         if self.member not in state.members:
             return Order(end=f"{self.member} is not a member any more: its region joined again, or its leases expired")
         self._announce(state, status)
-        self._explain(state)
         may_step = self._may_step(state, status)
+        self._explain(state, waiting=not may_step)
         commands = self.coordinator.take(0.0 if may_step else 0.5)
         if not may_step:
             self.waited += time.monotonic() - self.alive_at
@@ -125,20 +125,29 @@ class Control:
             return Order(entries=[data.decode() for data in commands.entries])
         return self._ask(state, status) or Order(step=may_step)
 
-    def _explain(self, state: State) -> None:
-        """Says once why nothing happens yet."""
-        if state.ledger.cursor == 0 and not self._told:
-            here, wanted = ", ".join(sorted(state.members)), state.settings.start_regions
-            print(f"{self.member}: waiting for elastic.start_regions={wanted} regions, here: {here}", flush=True)
-            self._told = True
+    def _explain(self, state: State, waiting: bool) -> None:
+        """Says once why nothing happens: too few regions for a round, or for the run to begin."""
+        begun = state.ledger.cursor > 0
+        lonely = waiting and (not begun or self.coordinator.lonely())
+        if lonely and not self._told:
+            wanted = self.coordinator.machine.wanted() if begun else state.settings.start_regions
+            here = ", ".join([self.member, *self.coordinator.connected()])
+            print(f"{self.member}: waiting for {wanted} regions, here: {here}", flush=True)
+        self._told = lonely
 
     def _announce(self, state: State, status: Status) -> None:
         """Tells the coordinator, once, that this region reached its boundary."""
         fragment = state.next_fragment
-        key = (fragment, state.fragments[fragment].base)
-        if status.since >= state.sync_interval and not status.in_flight and self._due != key:
+        base = state.fragments[fragment].base
+        key = (fragment, base, state.epoch)
+        due = status.since >= state.sync_interval or self._used_up(state, status)
+        if due and not status.in_flight and self._due != key:
             self._due = key
-            self.coordinator.post(rounds.Due(fragment))
+            self.coordinator.post(rounds.Due(fragment, base))
+
+    def _used_up(self, state: State, status: Status) -> bool:
+        """No samples are left for another step, although the run has begun."""
+        return state.ledger.cursor > 0 and status.samples < self.batch
 
     def _may_step(self, state: State, status: Status) -> bool:
         limit = state.sync_interval
@@ -147,8 +156,10 @@ class Control:
         return not status.in_flight and status.since < limit and status.samples >= self.batch
 
     def _ask(self, state: State, status: Status) -> Order | None:
-        """The oldest snapshot that is wanted and may be taken now: at H steps, or anywhere with boundary=first."""
-        ready = state.settings.boundary == "first" or status.since >= state.sync_interval
+        """The oldest snapshot that is wanted and may be taken now: at H steps, or after any with boundary=first; or when
+        the leases are used up, as a region's are that was left out of several rounds."""
+        needed = 1 if state.settings.boundary == "first" else state.sync_interval
+        ready = status.since >= needed or self._used_up(state, status)
         while self._asks and ready and not status.in_flight:
             ask = self._asks.pop(0)
             if (ask.epoch, ask.base) == (state.epoch, state.fragments[ask.fragment].base):

@@ -22,8 +22,8 @@ from diloco.checkpoints import Checkpoints
 from diloco.config import Config, store_url
 from diloco.control import Control, Order, RunLedger
 from diloco.errors import ConfigError
-from diloco.fragments import digest
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
+from diloco.fragments import digest
 from diloco.journal import Journal
 from diloco.parallel import Region
 from diloco.restoring import restore
@@ -317,11 +317,17 @@ def depart(trainer: Trainer, order: Order) -> None:
     if links.coordinator is None or links.journal is None:
         return
     links.coordinator.close()
-    journal = links.journal
-    for _ in range(10):
-        journal.read()
-        if journal.state is None or journal.state.stopped is not None or links.member not in journal.state.members:
-            break
-        if journal.append({"kind": "leave", "member": links.member}):
-            break
+    try:
+        _say_leave(links.journal, links.member)
+    except (OSError, JournalError) as error:  # the others know from the goodbye; the entry only returns leases sooner
+        print(f"{links.member}: its `leave` is not in the journal: {error}", flush=True)
     print(f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True)
+
+
+def _say_leave(journal: Journal, member: str) -> None:
+    for _ in range(10):  # somebody else's entry may be first
+        journal.read()
+        if journal.state is None or journal.state.stopped is not None or member not in journal.state.members:
+            return
+        if journal.append({"kind": "leave", "member": member}):
+            return

@@ -37,11 +37,17 @@ class Journal:
         return 0 if self.state is None else self.state.seq + 1
 
     def read(self) -> list[bytes]:
-        """Reads and folds what is new. Returns the new entries' bytes, in order."""
+        """Reads and folds what is new. Returns the new entries' bytes, in order: each is returned once. Raises OSError if
+        the store is away before there is any."""
         new: list[bytes] = []
-        while self.store.exists(entry_key(self.next_seq)):
-            new.append(self.store.read(entry_key(self.next_seq)))
-            self.state = fold(self.state, new[-1])
+        try:
+            while self.store.exists(entry_key(self.next_seq)):
+                data = self.store.read(entry_key(self.next_seq))
+                self.state = fold(self.state, data)
+                new.append(data)
+        except OSError:
+            if not new:
+                raise
         return new
 
     def append(self, fields: Entry) -> bool:
@@ -72,7 +78,6 @@ def describe(data: bytes) -> str:
 
 def main(argv: list[str]) -> int:
     """`python -m diloco.journal show RUN`: RUN is a run directory or the URL of a store."""
-    import os
 
     from ckpt.store import Store as RunStore
 

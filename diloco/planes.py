@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,14 +41,22 @@ class Planes:
             self.momentum[fragment].copy_(momentum)
             self.bases[fragment] = base
 
-    def step(self, fragment: int, seq: int, gradient: Tensor, lr: float, mu: float, bits: Tensor) -> None:
-        """The outer step of round `seq`; its bits are kept for the last two rounds of every fragment."""
+    def step(self, fragment: int, seq: int, gradients: Iterable[Tensor], lr: float, mu: float, bits: Tensor) -> Tensor:
+        """The outer step of round `seq`; its bits are kept for the last two rounds of every fragment. gradients: the
+        averaged pseudo-gradient in pieces, one after the other. Returns the sum of its squares, an fp64 scalar."""
+        squares, start = torch.zeros((), dtype=torch.float64), 0
         with self._lock:
-            nesterov(self.theta[fragment], self.momentum[fragment], gradient, lr, mu)
+            for gradient in gradients:
+                stop = start + gradient.numel()
+                nesterov(self.theta[fragment][start:stop], self.momentum[fragment][start:stop], gradient, lr, mu)
+                squares += gradient.double().square_().sum()
+                start = stop
+            assert start == self._elements(fragment)
             self.bases[fragment] = seq
             self.bits[seq] = (fragment, bits)
             for old in sorted(self.bits)[: -2 * len(self.fragments)]:
                 del self.bits[old]
+        return squares
 
     def digests(self, plane: str, fragment: int) -> bytes:
         """32 bytes for each of this rank's blocks."""

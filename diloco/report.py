@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diloco.config import Config
-from diloco.inner import StepStats
 from diloco.fold import State
+from diloco.inner import StepStats
 from diloco.metrics import (
     EvalRecord,
     Metrics,
@@ -151,6 +151,11 @@ class Reporter:
     def saved(self, prefix: str, seq: int) -> None:
         if self.metrics is not None:
             self.metrics.write("checkpoint", prefix=prefix, seq=seq)
+
+    def not_saved(self, seq: int, reason: str) -> None:
+        if self.metrics is not None:
+            self.metrics.write("checkpoint", prefix=None, seq=seq, reason=reason)
+            print(f"checkpoint at entry {seq} was not stored: {reason}", flush=True)
 
     def close(self) -> None:
         if self.metrics is not None:

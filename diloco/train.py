@@ -41,6 +41,8 @@ def compose_config(overrides: list[str]) -> Config:
 def run(cfg: Config) -> int:
     """Trains. Returns the exit code: 0 if the run stopped or this region left on purpose."""
     _hush()
+    from diloco.control import Order
+    from diloco.fold import JournalError
     from diloco.joining import depart, join, leave_on_signals
     from diloco.parallel import open_region
     from diloco.trainer import Trainer
@@ -52,7 +54,10 @@ def run(cfg: Config) -> int:
         join(trainer, stack)
         stack.callback(trainer.report.close)
         leave_on_signals(trainer)
-        order = trainer.train()
+        try:
+            order = trainer.train()
+        except (FloatingPointError, JournalError, OSError) as error:
+            order = Order(end=str(error), clean=False)
         depart(trainer, order)
         return 0 if order.clean else 1
 

@@ -21,9 +21,9 @@ from diloco.control import Control, Order, Status
 from diloco.data import Dataset, build_source
 from diloco.errors import ConfigError
 from diloco.evaluate import evaluate
+from diloco.fold import PROTOCOL, State, fold
 from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner
-from diloco.fold import PROTOCOL, State, fold
 from diloco.journal import Journal
 from diloco.ledger import LeaseReader
 from diloco.parallel import Region, layer_of, parallelize
@@ -160,15 +160,16 @@ class Trainer:
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         """Snapshots the fragment, offers the encoded pseudo-gradient to the exchange, and answers. Collective."""
         flat = self.shards.read(fragment)
-        delta = self.planes.theta[fragment] - flat
-        norm = math.sqrt(self.region.all_reduce_sum(delta.double().square().sum()).item())
+        blocks = self.planes.slices[fragment]
+        encoded, squares = self.averaging.encode_difference(fragment, *blocks, self.planes.theta[fragment], flat)
+        norm = math.sqrt(self.region.all_reduce_sum(squares).item())
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"fragment {fragment} has parameters that are not finite: this region diverged and sends nothing; lower "
                 "inner.lr, or restart it to go on from the run's parameters"
             )
         key = (epoch, fragment, base)
-        self.links.exchanger.offer(key, self.averaging.encode(fragment, delta))
+        self.links.exchanger.offer(key, encoded)
         steps, tokens = self.work[fragment]
         self.snapshot, self.since = Snapshot(key, flat, self.steps, steps, tokens), 0
         answer = {
@@ -198,12 +199,17 @@ class Trainer:
             self.reader.update(self.state.members[self.links.member].leases)
 
     def merge(self, before: State, entry: dict[str, Any]) -> None:
-        """The outer step of a committed round, and x <- theta' + p with p = x - s if my contribution was used, x - b if
-        not (b, my base, is the theta before the step): what I did since is neither lost nor counted twice."""
-        f, seq = entry["fragment"], entry["seq"]
-        self.stored[seq] = entry["attempt"]
-        if self.planes.bases[f] >= seq:
+        """A committed round: the outer step, and what is due after it."""
+        self.stored[entry["seq"]] = entry["attempt"]
+        if self.planes.bases[entry["fragment"]] >= entry["seq"]:
             return  # these planes came from a peer or a checkpoint that had it already
+        squares = self.combine(entry)  # a scope of its own: the snapshot is gone when others need the memory
+        self.after_round(before, entry, squares)
+
+    def combine(self, entry: dict[str, Any]) -> Tensor:
+        """The outer step, and x <- theta' + p with p = x - s if my contribution was used, x - b if not (b, my base, is the
+        theta before the step): what I did since is neither lost nor counted twice. Returns what `outer_step` does."""
+        f = entry["fragment"]
         key = (entry["epoch"], f, entry["base"])
         snapshot = self.snapshot if self.snapshot is not None and self.snapshot.key == key else None
         used = snapshot if self.links.member in [answer["member"] for answer in entry["answers"]] else None
@@ -211,9 +217,10 @@ class Trainer:
         if bits is None:
             bits = self.fetch_bits(entry)
         idle = used is not None and used.at == self.steps
-        progress = torch.zeros(()) if idle else self.shards.read(f).sub_(used.flat if used else self.planes.theta[f])
-        gradient = self.outer_step(entry, bits)
-        self.shards.write(f, self.planes.theta[f] + progress)
+        progress = None if idle else self.shards.read(f).sub_(used.flat if used else self.planes.theta[f])
+        squares = self.outer_step(entry, bits)
+        theta = self.planes.theta[f]
+        self.shards.write(f, theta if progress is None else progress.add_(theta))
         if used is not None:
             self.work[f] = [self.work[f][0] - used.steps, self.work[f][1] - used.tokens]
         else:
@@ -222,15 +229,15 @@ class Trainer:
             self.at_theta.add(f)
         self.snapshot = None if snapshot is not None else self.snapshot
         self.links.exchanger.decided(key)
-        self.after_round(before, entry, gradient)
+        return squares
 
     def outer_step(self, entry: dict[str, Any], bits: Tensor) -> Tensor:
-        """Theta and momentum after a round, from its bits in this rank's slice. Returns the averaged pseudo-gradient."""
+        """Theta and momentum after a round, from its bits in this rank's slice. Returns the sum of the squares of the
+        averaged pseudo-gradient there."""
         f, settings = entry["fragment"], self.state.settings
         first, last = self.planes.slices[f]
-        gradient = self.averaging.decode(f, first, last, bits)
-        self.planes.step(f, entry["seq"], gradient, settings.lr, settings.momentum, bits)
-        return gradient
+        gradients = self.averaging.decode_runs(f, first, last, bits)
+        return self.planes.step(f, entry["seq"], gradients, settings.lr, settings.momentum, bits)
 
     def fetch_bits(self, entry: dict[str, Any]) -> Tensor:
         """This rank's slice of a committed round that it took no part in: from a member, else from the store. Raises
@@ -265,6 +272,7 @@ class Trainer:
 
     def reset(self) -> None:
         """Everything as at the checkpoint that the epoch starts from; AdamW's moments afresh. Collective."""
+        self.links.exchanger.forget()
         self.links.checkpoints.load_prefix(self.state, self.planes)
         self.adopt()
 
@@ -283,10 +291,10 @@ class Trainer:
         self.steps, self.since, self.work = progress["steps"], progress["since"], progress["work"]
         self.at_theta = set(progress["at_theta"])
 
-    def after_round(self, before: State, entry: dict[str, Any], gradient: Tensor) -> None:
+    def after_round(self, before: State, entry: dict[str, Any], squares: Tensor) -> None:
         """Report, evaluate and save what is due. Collective."""
         f, rounds_done = entry["fragment"], self.state.rounds
-        norm = math.sqrt(self.region.all_reduce_sum(gradient.double().square().sum()).item())
+        norm = math.sqrt(self.region.all_reduce_sum(squares).item())
         self.report.round(self, before, entry, norm, self.digest("theta", f))
         ending = self.state.finished is not None
         if ending or (self.cfg.run.eval_every and rounds_done % self.cfg.run.eval_every == 0):
@@ -301,7 +309,8 @@ class Trainer:
         for f in away:
             self.shards.write(f, self.planes.theta[f])
         begin = time.monotonic()
-        nll, tokens = evaluate(self.model, self.inner.loss, self.dataset, self.region, self.cfg.run.eval_sequences)
+        sequences, micro_batch = self.cfg.run.eval_sequences, self.inner.micro_batch
+        nll, tokens = evaluate(self.model, self.inner.loss, self.dataset, self.region, sequences, micro_batch)
         self.report.evaluation(self.state.rounds, nll, tokens, time.monotonic() - begin)
         for f, flat in local.items():
             self.shards.write(f, flat)

@@ -234,6 +234,12 @@ class Exchanger:
             self._offers.pop(key, None)
             self._results = {a: held for a, held in self._results.items() if held[0] != key}
 
+    def forget(self) -> None:
+        """Nothing that was offered or held belongs to the run any more: it was rewound."""
+        with self._lock:
+            self._offers.clear()
+            self._results.clear()
+
     def _run(self, attempt: Attempt) -> None:
         begin = time.monotonic()
         try:

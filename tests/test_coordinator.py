@@ -141,9 +141,9 @@ def test_members_meet_by_the_journal_alone_and_again_after_a_break(net: Net) -> 
 
     assert until(met)
     for _ in range(3):
-        before = a.peers["b"].connection
-        before.close()
-        assert until(lambda: "b" in a.peers and a.peers["b"].connection is not before)
+        old = a.peers["b"].connection
+        old.close()
+        assert until(lambda old=old: "b" in a.peers and a.peers["b"].connection is not old)
         assert until(met)
     a.post(rounds.Due(0))
     assert a.take(5).asks and b.take(5).asks == [rounds.Ask(0, 0, 0)]

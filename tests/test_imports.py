@@ -30,6 +30,7 @@ LOOP = {f"diloco.{name}" for name in ("train", "trainer", "joining", "control")}
 
 HYDRA = {
     "diloco/train.py": {"hydra", "omegaconf"},
+    "diloco/config.py": {"hydra.errors"},  # to explain them
     "launch/sweep.py": {"hydra", "omegaconf"},
     "launch/regions.py": {"hydra.core.override_parser", "hydra.errors"},  # the override grammar, no DictConfig
 }
@@ -42,7 +43,9 @@ PURE = {
     "diloco/ledger.py",
     "diloco/outer.py",
     "diloco/planes.py",
+    "elastic/events.py",
     "elastic/plan.py",
+    "elastic/proposal.py",
     "elastic/rounds.py",
 }
 """Algorithms: torch, the standard library and each other; no sockets, files, processes or clocks."""

@@ -163,7 +163,7 @@ def test_planes_step_alike_in_any_world(world: int, seed: int) -> None:
         start, stop = fragment.span(*mine)
         planes = Planes([fragment], [mine])
         planes.load(0, 4, torch.from_numpy(theta[start:stop]), torch.from_numpy(momentum[start:stop]))
-        planes.step(0, 7, torch.from_numpy(gradient[start:stop]), LR, MU, torch.empty(0, dtype=torch.uint8))
+        planes.step(0, 7, [torch.from_numpy(gradient[start:stop])], LR, MU, torch.empty(0, dtype=torch.uint8))
         assert planes.bases == [7]
         for plane, parts in joined.items():
             parts.append(planes.read(plane, 0, *mine)[1].numpy())  # type: ignore[index]
@@ -193,7 +193,7 @@ def test_planes_keep_the_bits_of_two_rounds_of_every_fragment() -> None:
     planes = Planes(fragments, [(0, 2)] * 2)
     for seq in range(1, 8):
         bits = torch.full((4,), seq, dtype=torch.uint8)
-        planes.step(seq % 2, seq, torch.zeros(4), LR, MU, bits)
+        planes.step(seq % 2, seq, [torch.zeros(4)], LR, MU, bits)
     assert {seq: fragment for seq, (fragment, _) in planes.bits.items()} == {4: 0, 5: 1, 6: 0, 7: 1}
     assert planes.bits[6][1].tolist() == [6] * 4
 

@@ -50,5 +50,3 @@ class Counting:
         text = "".join(f"{number:0{digits}d}" for number in range(10**digits))
         self.tokens = np.frombuffer(text.encode(), dtype=np.uint8) - ord("0")
         self.digest = hashlib.sha256(self.tokens.tobytes()).hexdigest()
-
-
