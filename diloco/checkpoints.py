@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard
-from ckpt.store import Store
+from ckpt.store import Store, StoreError
 from diloco.fold import State, counters
 from diloco.inner import Inner
 from diloco.parallel import Region
@@ -113,27 +114,43 @@ class Checkpoints:
             at = b if a <= at else at
         return at >= blocks
 
-    def drop_bits(self, attempts: Iterable[str]) -> None:
-        """Of rounds that every kept checkpoint includes."""
-        for attempt in attempts:
-            for key in self._bits(attempt):
-                self.store.delete(key)
+    def drop_bits(self, stored: dict[int, str]) -> dict[int, str]:
+        """Deletes the bits of rounds that every kept checkpoint includes. stored: seq -> attempt. Returns the rest."""
+        with _left_for_later():
+            oldest = min(self._numbers(self.root)[1:], default=0)
+            for seq in [seq for seq in stored if seq <= oldest]:
+                for key in self._bits(stored[seq]):
+                    self.store.delete(key)
+            return {seq: attempt for seq, attempt in stored.items() if seq > oldest}
+        return stored
 
     def _bits(self, attempt: str) -> list[str]:
         return self.store.list(f"{self.bits_root}/{attempt}/")
 
     def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: Iterator[Piece]) -> str:
-        name = f"{shard}{self.region.rank}"
-        mine = [save_shard(self.store, prefix, f"{name}-{i}", group) for i, group in enumerate(_groups(pieces))]
-        records = [json.loads(data) for data in self.region.gather_bytes(json.dumps(mine).encode())]
-        if self.region.rank == 0:
-            commit_manifest(self.store, prefix, body, [record for rank in records for record in rank])
-        self.region.barrier()
+        """Raises StoreError on every rank if any of them failed."""
+        records, failure = [], ""
+        for i, group in enumerate(_groups(pieces)):
+            try:
+                if not failure:
+                    records.append(save_shard(self.store, prefix, f"{shard}{self.region.rank}-{i}", group))
+            except StoreError as error:
+                failure = str(error)  # and on with the pieces: making them is collective
+        ranks = self._agree(records, failure)
+        try:
+            if self.region.rank == 0:
+                commit_manifest(self.store, prefix, body, [record for rank in ranks for record in rank])
+        except StoreError as error:
+            failure = str(error)
+        self._agree([], failure)
         return prefix
 
-    def oldest(self) -> int:
-        """seq of the oldest checkpoint that is kept, the first aside."""
-        return min(self._numbers(self.root)[1:], default=0)
+    def _agree(self, records: list[dict[str, Any]], failure: str) -> list[list[dict[str, Any]]]:
+        """Every rank's records, on every rank. Raises StoreError there if one of them failed."""
+        said = [json.loads(data) for data in self.region.gather_bytes(json.dumps([records, failure]).encode())]
+        if failures := [failure for _, failure in said if failure]:
+            raise StoreError(failures[0])
+        return [records for records, _ in said]
 
     def _numbers(self, root: str) -> list[int]:
         keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
@@ -143,11 +160,20 @@ class Checkpoints:
         """Keeps the first and the last `keep`; the manifest goes first, so that nothing half there looks whole."""
         if self.region.rank != 0:
             return
-        numbers = self._numbers(root)
-        for number in [n for n in numbers[: -self.keep] if n != 0]:
-            self.store.delete(f"{root}/{number}/manifest.json")
-            for key in self.store.list(f"{root}/{number}/"):
-                self.store.delete(key)
+        with _left_for_later():
+            for number in [n for n in self._numbers(root)[: -self.keep] if n != 0]:
+                self.store.delete(f"{root}/{number}/manifest.json")
+                for key in self.store.list(f"{root}/{number}/"):
+                    self.store.delete(key)
+
+
+@contextmanager
+def _left_for_later() -> Iterator[None]:
+    """What a clean-up leaves behind, the next one finds."""
+    try:
+        yield
+    except StoreError as error:
+        print(f"clean-up: {error}; left for the next one", flush=True)
 
 
 def _selections(inner: Inner) -> dict[str, Select]:

@@ -19,7 +19,7 @@ from hydra.errors import OverrideParseException
 from torch import nn
 
 from ckpt.store import Store, StoreError
-from diloco import inner, parallel
+from diloco import inner, parallel, tracker
 from diloco.codec import CODECS, CodecConfig
 from diloco.data import DataConfig, Dataset, build_source
 from diloco.errors import ConfigError
@@ -196,6 +196,7 @@ def validate(cfg: Config, world: int) -> None:
     _validate_run(cfg)
     _validate_places(cfg)
     _validate_outer(cfg)
+    tracker.validate(cfg.tracker)
     parallel.validate(cfg.parallel, world)
     inner.validate(cfg.inner, world // cfg.parallel.tp)
     try:

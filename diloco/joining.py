@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from diloco.errors import ConfigError
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
 from diloco.fragments import digest
 from diloco.journal import Journal
-from diloco.parallel import Region
+from diloco.parallel import on_rank_0
 from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
@@ -45,12 +44,12 @@ def join(trainer: Trainer, stack: ExitStack) -> None:
     cfg, region = trainer.cfg, trainer.region
     store = Store(store_url(cfg))
     journal = Journal(store)
-    _on_rank_0(region, lambda: _look(cfg, journal, stack))
+    on_rank_0(region, lambda: _look(cfg, journal, stack))
     entries = _open(trainer, store, journal)
     state = fold_all(entries)
     assert state is not None
     trainer.state = state
-    _on_rank_0(region, lambda: _check(cfg, state, trainer.fingerprint()))
+    on_rank_0(region, lambda: _check(cfg, state, trainer.fingerprint()))
     if region.rank == 0:
         _own(cfg, state.run)
     _connect(trainer, store, journal, stack)
@@ -61,18 +60,6 @@ def join(trainer: Trainer, stack: ExitStack) -> None:
     if region.rank == 0:
         _take_control(trainer, journal, endpoints, stack)
     trainer.report.open(trainer)
-
-
-def _on_rank_0(region: Region, action: Callable[[], None]) -> None:
-    """What rank 0 does and may refuse: then all ranks raise its ConfigError, rather than wait for it in vain. Collective."""
-    refusal = ""
-    if region.rank == 0:
-        try:
-            action()
-        except ConfigError as error:
-            refusal = str(error)
-    if sentence := region.broadcast_bytes(refusal.encode()).decode():
-        raise ConfigError(sentence)
 
 
 def _look(cfg: Config, journal: Journal, stack: ExitStack) -> None:

@@ -7,11 +7,13 @@ CPU/Gloo and CUDA/NCCL take the same path; the tests exercise CPU/Gloo only.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,6 +93,21 @@ class Region:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def on_rank_0(region: Region, action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0 (JSON), on every rank. If it raises ConfigError there, all ranks do, rather than
+    wait for it in vain. Collective."""
+    said: dict[str, Any] = {}
+    if region.rank == 0:
+        try:
+            said = {"value": action()}
+        except ConfigError as error:
+            said = {"refused": str(error)}
+    said = json.loads(region.broadcast_bytes(json.dumps(said).encode()))
+    if "refused" in said:
+        raise ConfigError(said["refused"])
+    return said["value"]
 
 
 def validate(cfg: ParallelConfig, world: int) -> None:

@@ -84,13 +84,13 @@ class Reporter:
         self._seconds += seconds
         if trainer.steps % self.cfg.run.report_every or self.metrics is None:
             return
-        state, progress = trainer.state, trainer.progress()
+        progress = trainer.progress()
         loss = sum(float(nll) for nll in self._nll) / len(self._nll)
         rate = len(self._nll) * trainer.tokens_per_step / max(self._seconds, 1e-9)
         peak = peak_flops(_device_name(self.region))
         record = StepRecord(
             trainer.steps,
-            self._total_steps(state),
+            self._total_steps(trainer),
             progress,
             loss,
             bits_per_byte(loss, self.bytes_per_token),
@@ -106,9 +106,12 @@ class Reporter:
         print(step_line(record), flush=True)
         self._nll, self._seconds = [], 0.0
 
-    def _total_steps(self, state: State) -> int | None:
-        rounds = state.settings.rounds
-        return None if rounds is None else rounds * state.sync_interval
+    def _total_steps(self, trainer: Trainer) -> int | None:
+        """Of this region: its steps so far, and those of the rounds to come."""
+        state = trainer.state
+        if state.settings.rounds is None:
+            return None
+        return trainer.steps - trainer.since + (state.settings.rounds - state.rounds) * state.sync_interval
 
     def _eta(self, progress: float) -> float | None:
         done = progress - self._progress_at_start

@@ -14,6 +14,7 @@ from diloco.checkpoints import Checkpoints
 from diloco.errors import ConfigError
 from diloco.fold import State, entry_hash, fold
 from diloco.journal import Journal
+from diloco.parallel import on_rank_0
 from diloco.trainer import Trainer
 from elastic import recovery
 from elastic.node import Node
@@ -22,8 +23,7 @@ from elastic.node import Node
 def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
     """Theta and momentum from a member that is alive, else from the store. Collective. False: look again."""
     region, links = trainer.region, trainer.links
-    plan = region.broadcast_bytes(json.dumps(_choose(trainer, journal, entries)).encode() if region.rank == 0 else None)
-    choice = json.loads(plan)
+    choice = on_rank_0(region, lambda: _choose(trainer, journal, entries))
     if choice["entries"]:
         for entry in choice["entries"]:
             entries.append(entry.encode())

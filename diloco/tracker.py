@@ -75,16 +75,23 @@ class WandbTracker:
         self._library.finish()
 
 
+def validate(cfg: TrackerConfig) -> None:
+    """Raises ConfigError for an unknown kind, or one whose extra is not installed."""
+    if cfg.kind not in ("none", "tensorboard", "wandb", "trackio"):
+        raise ConfigError(f"tracker.kind={cfg.kind} is unknown: set it to none, tensorboard, wandb or trackio")
+    if cfg.kind != "none":
+        _load(cfg.kind)
+
+
 def build_tracker(cfg: TrackerConfig, directory: Path, name: str, config: Mapping[str, Any]) -> Tracker:
     """directory: the region's, for trackers that write files; name: of this run and region; config: what to
     show of the settings. Raises ConfigError for an unknown kind, or one whose extra is not installed."""
+    validate(cfg)
     if cfg.kind == "none":
         return NullTracker()
     if cfg.kind == "tensorboard":
         return TensorBoardTracker(directory / "tensorboard")
-    if cfg.kind in ("wandb", "trackio"):
-        return WandbTracker(_load(cfg.kind), cfg.project, name, config)
-    raise ConfigError(f"tracker.kind={cfg.kind} is unknown: set it to none, tensorboard, wandb or trackio")
+    return WandbTracker(_load(cfg.kind), cfg.project, name, config)
 
 
 def numbers(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:

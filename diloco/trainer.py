@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt.store import Store
+from ckpt.store import Store, StoreError
 from diloco.averaging import Averaging
 from diloco.checkpoints import Checkpoints
 from diloco.codec import CODECS
-from diloco.config import Config, load
+from diloco.config import Config, build_module, load
 from diloco.control import Control, Order, Status
 from diloco.data import Dataset, build_source
-from diloco.errors import ConfigError
 from diloco.evaluate import evaluate
 from diloco.fold import PROTOCOL, State, fold
 from diloco.fragments import digest, group_parameters
@@ -316,7 +315,14 @@ class Trainer:
             self.shards.write(f, flat)
 
     def save(self, mine: bool) -> None:
-        """The region's own planes, and the global ones if it is this member's turn. Collective."""
+        """The region's own planes, and the global ones if it is this member's turn. A store that is away costs this
+        checkpoint, not the run: the bits of its rounds stay until a later one is whole. Collective."""
+        try:
+            self._save(mine)
+        except StoreError as error:
+            self.report.not_saved(self.state.seq, str(error))
+
+    def _save(self, mine: bool) -> None:
         checkpoints = self.links.checkpoints
         progress = {"steps": self.steps, "since": self.since, "work": self.work, "adam": self.inner.updates}
         progress["at_theta"] = sorted(self.at_theta)
@@ -324,34 +330,14 @@ class Trainer:
         if mine:
             prefix = checkpoints.save(self.planes, self.state, self.links.member)
             self.report.saved(prefix, self.state.seq)
-            self.drop_bits()
-
-    def drop_bits(self) -> None:
-        """Of rounds that the oldest checkpoint that is kept includes."""
-        if self.region.rank == 0:
-            oldest = self.links.checkpoints.oldest()
-            self.links.checkpoints.drop_bits(a for s, a in self.stored.items() if s <= oldest)
-            self.stored = {s: a for s, a in self.stored.items() if s > oldest}
+            if self.region.rank == 0:
+                self.stored = checkpoints.drop_bits(self.stored)
 
 
 def build_model(cfg: Config, region: Region, vocab: int) -> torch.nn.Module:
     """The same parameters on every rank for the same seed, then spread over the region. Raises ConfigError."""
-    target = load(cfg.model.target, "model.target")
-    if cfg.model.args.get("vocab", vocab) < vocab:
-        raise ConfigError(
-            f"model.args.vocab={cfg.model.args['vocab']} is less than the {vocab} tokens of data.source={cfg.data.source}: "
-            f"set model.args.vocab={vocab}"
-        )
     torch.manual_seed(cfg.run.seed)
-    try:
-        model = target(**cfg.model.args)
-    except TypeError as error:
-        raise ConfigError(f"model.args={cfg.model.args} do not fit model.target={cfg.model.target}: {error}") from error
-    layers = len(set(layer_of(model).values()))
-    if cfg.outer.fragments > max(layers, 1):
-        raise ConfigError(
-            f"outer.fragments={cfg.outer.fragments} is more than the model's {layers} layers: set it to {max(layers, 1)} or less"
-        )
+    model = build_module(cfg, vocab)
     plan = load(cfg.model.plan, "model.plan") if cfg.model.plan else None
     return parallelize(model, region, cfg.parallel, plan)
 

@@ -149,6 +149,20 @@ def test_reducing_cell_by_cell_is_reducing_the_whole(codec: str, worlds: list[in
     assert same_bits(torch.cat(found), whole)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("first", "last"), [(0, 37), (3, 37), (5, 21), (36, 37), (4, 4)])
+def test_run_by_run_is_all_at_once(codec: str, first: int, last: int) -> None:
+    """Encoding a difference and decoding, several runs long and from any block on, the last one short."""
+    averaging = averaging_of(36 * BLOCK + 100, codec)
+    start, stop = averaging.fragments[0].span(first, last)
+    theta, local = (torch.from_numpy(x) for x in normal(1, 2, stop - start))
+    data, squares = averaging.encode_difference(0, first, last, theta, local)
+    assert same_bits(data, averaging.encode(0, theta - local))
+    assert squares.item() == pytest.approx((theta - local).double().square().sum().item(), rel=1e-12)
+    runs = [torch.empty(0), *averaging.decode_runs(0, first, last, data)]
+    assert same_bits(torch.cat(runs), averaging.decode(0, first, last, data))
+
+
 @given(st.integers(1, 9), seeds)
 @settings(max_examples=20)
 def test_planes_step_alike_in_any_world(world: int, seed: int) -> None:
