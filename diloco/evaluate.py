@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from diloco.data import Dataset
 from diloco.inner import Loss
@@ -29,6 +30,8 @@ def evaluate(
         _, nll = loss(model, batch)
         tokens += batch[:, 1:].numel()
         total += nll.double().cpu() * batch[:, 1:].numel()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP2 leaves the root gathered for a backward: the next forward would not see what is written
     model.train()
     sums = region.all_reduce_sum(torch.stack([total, torch.tensor(float(tokens), dtype=torch.float64)]))
     return (sums[0] / sums[1]).item(), int(sums[1].item()) // region.tp

@@ -299,9 +299,11 @@ def leave_on_signals(trainer: Trainer) -> None:
 
 
 def depart(trainer: Trainer, order: Order) -> None:
-    """Says goodbye to the peers, and to the journal unless the run has stopped. Collective."""
-    links = trainer.links
-    if links.coordinator is None or links.journal is None:
+    """Says goodbye to the peers, and to the journal unless the run has stopped."""
+    links = getattr(trainer, "links", None)  # not there before it is connected
+    if links is None or links.coordinator is None or links.journal is None:
+        if not order.clean and trainer.region.rank == 0:
+            print(f"{trainer.cfg.region.name}: {order.end}", flush=True)  # it did not get as far as joining
         return
     links.coordinator.close()
     try:

@@ -51,10 +51,10 @@ def run(cfg: Config) -> int:
         region = open_region(cfg.parallel)
         stack.callback(region.close)
         trainer = Trainer(cfg, region)
-        join(trainer, stack)
         stack.callback(trainer.report.close)
-        leave_on_signals(trainer)
         try:
+            join(trainer, stack)
+            leave_on_signals(trainer)
             order = trainer.train()
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
