@@ -15,7 +15,7 @@ demo: .venv/stamp
 	$(BIN)/python -m launch.local 'regions=[eu, us]' +experiment=demo $(ARGS)
 
 test: .venv/stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/stamp
 	$(BIN)/ruff check .

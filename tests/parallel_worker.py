@@ -10,14 +10,16 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from diloco.evaluate import evaluate
 from diloco.inner import Inner, InnerConfig
 from diloco.model import build_llama, llama_plan, next_token_loss
-from diloco.parallel import ParallelConfig, Plan, Region, grad_norm, open_region, parallelize
+from diloco.parallel import ParallelConfig, Plan, Region, grad_norm, local_tensor, open_region, parallelize
 from diloco.train import leave
 
 LLAMA: dict[str, Any] = {"vocab": 128, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 4, "ffn": 96}
@@ -83,6 +85,7 @@ def train(case: Case) -> dict[str, Any]:
         "parameters": {name: _full(p).abs().sum().item() for name, p in model.named_parameters()},
         "replicas_differ": _replicas_differ(model, region),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
+        "held_out": _evaluate_and_write_twice(model, region),  # the last one: it changes the parameters
     }
 
 
@@ -96,6 +99,26 @@ def _norm_without_inner(model: nn.Module, region: Region) -> float:
     norm = grad_norm(model.parameters(), region).item()
     model.zero_grad()
     return norm
+
+
+class HeldOut:
+    """As much of a Dataset as `evaluate` needs."""
+
+    heldout_windows = INNER.batch
+
+    def heldout(self, i: int) -> np.ndarray:
+        return batch(0)[i].numpy()
+
+
+@torch.no_grad()
+def _evaluate_and_write_twice(model: nn.Module, region: Region) -> list[float]:
+    """Held-out loss, and again after a write to the shards, as between two rounds."""
+    losses, shards = [], list(model.parameters())
+    for _ in range(2):
+        losses.append(evaluate(model, next_token_loss, HeldOut(), region, INNER.batch, 2)[0])
+        for p in shards:
+            local_tensor(p).mul_(0.5)
+    return losses
 
 
 def _replicas_differ(model: nn.Module, region: Region) -> list[str]:

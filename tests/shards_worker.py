@@ -1,6 +1,6 @@
 """torchrun worker of test_shards: flat slices of a seeded model on a mesh, before and after a round trip.
 
-OUT TP: writes OUT/<tp>-r<rank>-{read,moment,after}.npz, one array per fragment.
+OUT TP: writes OUT/<ranks>-<tp>-<tied>-r<rank>-{read,moment,after}.npz, one array per fragment.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ import torch
 from diloco.fragments import group_parameters
 from diloco.inner import Inner, InnerConfig
 from diloco.model import build_llama, llama_plan, next_token_loss
-from diloco.parallel import ParallelConfig, layer_of, open_region, parallelize
+from diloco.parallel import ParallelConfig, Region, layer_of, open_region, parallelize
 from diloco.shards import Shards
 from diloco.train import leave
 
 ARGS = {"vocab": 256, "dim": 32, "layers": 3, "heads": 4, "kv_heads": 4, "ffn": 96}
 
 
-def main(out: Path, tp: int, tied: bool) -> None:
+def main(out: Path, tp: int) -> None:
     cfg = ParallelConfig(tp=tp)
     region = open_region(cfg)
+    for tied in (False, True):
+        round_trip(out, cfg, region, tied)
+    region.close()
+
+
+def round_trip(out: Path, cfg: ParallelConfig, region: Region, tied: bool) -> None:
     torch.manual_seed(7)
     model = parallelize(build_llama(**ARGS, tied=tied), region, cfg, llama_plan)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
@@ -31,7 +37,7 @@ def main(out: Path, tp: int, tied: bool) -> None:
     shards = Shards(model, fragments, region)
 
     def save(what: str, slices: list[torch.Tensor]) -> None:
-        np.savez(out / f"{region.world}-{tp}-{tied}-r{region.rank}-{what}.npz", *[s.numpy() for s in slices])
+        np.savez(out / f"{region.world}-{region.tp}-{tied}-r{region.rank}-{what}.npz", *[s.numpy() for s in slices])
 
     save("read", [shards.read(f.index) for f in fragments])
     known = [known_values(f.elements)[slice(*shards.span(f.index))] for f in fragments]
@@ -44,7 +50,6 @@ def main(out: Path, tp: int, tied: bool) -> None:
     for f, flat in zip(fragments, known, strict=True):
         shards.write(f.index, -flat, lambda p: inner.optimizer.state[p]["exp_avg"])
     save("moment", [shards.read(f.index, lambda p: inner.optimizer.state[p]["exp_avg"]) for f in fragments])
-    region.close()
 
 
 def known_values(elements: int) -> torch.Tensor:
@@ -55,5 +60,5 @@ def known_values(elements: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True")
+    main(Path(sys.argv[1]), int(sys.argv[2]))
     leave(0)  # Gloo's threads can abort the interpreter's finalization on a busy machine

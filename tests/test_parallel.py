@@ -54,6 +54,7 @@ def test_curve_of_one_rank(name: str, meshes: dict[str, Any], references: dict[b
     assert got["shapes"] == expected["shapes"]  # names too: no wrapper shows
     assert got["parameters"] == pytest.approx(expected["parameters"], rel=1e-5)
     assert got["replicas_differ"] == []
+    assert got["held_out"] == pytest.approx(expected["held_out"], rel=2e-6), "an evaluation saw stale parameters"
 
 
 def test_tied_weights_stay_one_parameter(meshes: dict[str, Any]) -> None:
