@@ -20,7 +20,7 @@ from diloco.joining import depart, join
 from diloco.parallel import open_region
 from diloco.train import compose_config, leave
 from diloco.trainer import Order, Trainer
-from tests.bench.table import Row, at_most
+from tests.bench._table import Row, at_most
 from tests.e2e.cluster import free_port
 
 SEQ_LEN = 128

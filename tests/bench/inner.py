@@ -24,7 +24,7 @@ from diloco.parallel import Region, open_region
 from diloco.train import compose_config, leave
 from diloco.trainer import Order, Trainer, build_model
 from tests.bench import _memory
-from tests.bench.table import Row, at_least, show
+from tests.bench._table import Row, at_least, show
 from tests.e2e.cluster import free_port
 
 BLOCK = 25
