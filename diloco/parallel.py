@@ -6,6 +6,7 @@ CPU/Gloo and CUDA/NCCL take the same path; the tests exercise CPU/Gloo only.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -141,12 +142,26 @@ def open_region(cfg: ParallelConfig) -> Region:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if device.type == "cpu" and world > 1:
+        _map_large_tensors()
     mesh = None
     if world > 1 or cfg.dtype != "float32":
         if not dist.is_initialized():
             _init_process_group(device.type, world, timedelta(seconds=cfg.timeout))
         mesh = init_device_mesh(device.type, (world // cfg.tp, cfg.tp), mesh_dim_names=("dp", "tp"))
     return Region(rank, world, world // cfg.tp, cfg.tp, rank // cfg.tp, rank % cfg.tp, device, mesh)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+
+
+def _map_large_tensors() -> None:
+    """Makes glibc map tensors of 4 MiB and more, which go back to the system when they are freed. FSDP gathers and drops
+    such tensors in every step, and its heap otherwise grows by a fifth of all that a rank needs (tests.bench.inner)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)  # what glibc itself arrives at; setting the other one fixes it at 128 KiB
 
 
 def _init_process_group(device_type: str, world: int, timeout: timedelta) -> None:
