@@ -12,14 +12,15 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from elastic import rounds
-from elastic.exchange import Order, Outcome, Party
+from elastic.attempt import Order, Outcome, Party
 from elastic.node import Node, Refused
+from elastic.plan import WHOLE, ownership
 from elastic.ranks import Ranks
 from elastic.wire import Connection, Message, WireError
 
@@ -89,7 +90,10 @@ class Coordinator(threading.Thread):
         """Asks the lighthouse who is there."""
         self.outcomes: dict[str, list[Outcome]] = {}
         """attempt -> how it went at each rank of this region, in rank order."""
+        self.rates = {"up": 0, "down": 0}
+        """Bytes/s that this region's links have been seen to carry, all ranks together; 0: not known."""
         self.peers: dict[str, Peer] = {}
+        self._shares: tuple[int, ...] = ()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._alarms: list[tuple[float, int, rounds.Alarm]] = []
         self._counter = 0
@@ -168,6 +172,8 @@ class Coordinator(threading.Thread):
             item()
         elif isinstance(item, Outcome):
             self._finished(item)
+        elif isinstance(item, rounds.Answered):
+            self._feed(replace(item, answer={**item.answer, **self.rates}))
         else:
             self._feed(item)
 
@@ -256,8 +262,22 @@ class Coordinator(threading.Thread):
             return rounds.ExchangeFailed(action.attempt, frozenset())  # a member ended since this was decided
         parties = tuple(Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers)
         me = [party.member for party in parties].index(self.machine.me)
-        self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, me))
+        shares = self._ownership(action.answers)
+        self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, shares, me))
         return None
+
+    def _ownership(self, answers: Sequence[Message]) -> tuple[int, ...]:
+        """What each member reduces, by the rates in the answers: the same for all who have them."""
+        rates = [float(min(a.get("up", 0), a.get("down", 0))) for a in answers]
+        shares = ownership(rates)
+        if shares != self._shares and len(shares) > 2:
+            told = (
+                f"{a['member']} {100 * share / WHOLE:.0f} % at {rate * 8e-6:.0f} Mbit/s"
+                for a, share, rate in zip(answers, shares, rates, strict=True)
+            )
+            print(f"round: blocks are reduced by {', '.join(told)}", flush=True)
+        self._shares = shares
+        return shares
 
     def _outcome(self, rank: int, outcome: Outcome) -> None:
         self._inbox.put(outcome)
@@ -270,6 +290,7 @@ class Coordinator(threading.Thread):
             self._feed(rounds.ExchangeFailed(outcome.attempt, outcome.suspects))
         elif (done := self.ranks.complete(outcome.attempt)) is not None:
             self.outcomes[outcome.attempt] = done
+            self.rates = {"up": int(sum(o.up for o in done)), "down": int(sum(o.down for o in done))}
             digest = self.combine(b"".join(o.digests or b"" for o in done))
             self._feed(rounds.Exchanged(outcome.attempt, digest))
 

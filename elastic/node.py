@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from elastic.tcp import keep_alive
 from elastic.wire import Connection, Message, WireError
 
 HANDSHAKE_TIMEOUT = 10.0
@@ -53,7 +55,7 @@ class Node:
         self.identity: Identity | None = None
         self.handlers: dict[str, Handler] = {}
         self.refusals = 0
-        """Connections dropped because their hello or a message was not of this run."""
+        """Connections dropped because their hello was not of this run, or a frame was none or made no sense."""
         self.refusal = ""
         """Why the last hello was refused."""
         self._open: set[Connection] = set()
@@ -68,11 +70,12 @@ class Node:
         """A connection whose hello was accepted, and the peer's own hello. `timeout` (s) is for each later send and
         receive. Raises OSError, Refused among them."""
         assert self.identity is not None
-        host, _, port = endpoint.rpartition(":")
-        connection = Connection(socket.create_connection((host, int(port)), HANDSHAKE_TIMEOUT))
+        if not endpoint:
+            raise ConnectionError("a rank that can only dial out was to be dialled")
+        connection, name = _connect(endpoint)
         try:
-            connection.send(self.identity.hello(purpose, **more))
-            hello, _ = connection.receive()
+            connection.send(self.identity.hello(purpose, **more, **({"to": name} if name else {})))
+            hello = connection.receive_hello()
             if hello.get("type") != "hello":
                 raise Refused(str(hello.get("reason", "no hello"))[:1200])
             if reason := self.identity.mismatch(hello):
@@ -86,6 +89,40 @@ class Node:
             self.release(connection)
             raise ConnectionAbortedError("this node is closed")
         return connection, hello
+
+    def register(self, gateway: str, name: str) -> str:
+        """Stays registered at a gateway (host:port) from now on. Returns the endpoint under which others reach this rank.
+        Raises OSError if the gateway does not answer now."""
+        connection = _register(gateway, name)
+        self._open.add(connection)
+        threading.Thread(target=self._answer_calls, args=(connection, gateway, name), name="gateway", daemon=True).start()
+        return f"{gateway}/{name}"
+
+    def _answer_calls(self, connection: Connection, gateway: str, name: str) -> None:
+        while not self._closed:
+            try:
+                while True:
+                    message, _ = connection.receive()
+                    call = str(message["call"])
+                    threading.Thread(target=self._answer, args=(gateway, call), name="node-peer", daemon=True).start()
+            except (OSError, KeyError) as error:
+                self.release(connection)
+                if not self._closed:
+                    print(f"gateway {gateway}: {error}; registering anew", flush=True)
+            registered = False
+            while not self._closed and not registered:
+                try:
+                    connection, registered = _register(gateway, name), True
+                    self._open.add(connection)
+                except OSError:
+                    time.sleep(1.0)
+
+    def _answer(self, gateway: str, call: str) -> None:
+        """Who calls is served like one that dialled this rank."""
+        with contextlib.suppress(OSError):  # the gateway, or the caller, is gone
+            connection, _ = _connect(gateway)
+            connection.send({"type": "answer", "call": call})
+            self.attend(connection, partial(self._serve, connection))
 
     def release(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -107,24 +144,30 @@ class Node:
             except OSError:
                 time.sleep(0.05)  # closed; or the peer was gone again, or too many files are open: that passes
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="node-peer", daemon=True).start()
+            serve = partial(self._serve, connection)
+            threading.Thread(target=self.attend, args=(connection, serve), name="node-peer", daemon=True).start()
 
-    def _serve(self, connection: Connection) -> None:
+    def attend(self, connection: Connection, serve: Callable[[], None]) -> None:
+        """Runs `serve`, which lives as long as the connection, and releases it. What came that is no frame, or makes no
+        sense, is counted."""
         self._open.add(connection)
         try:
-            connection.sock.settimeout(HANDSHAKE_TIMEOUT)
-            hello, _ = connection.receive()
-            if self._closed:
-                return
-            if handler := self._greet(connection, hello):
-                connection.sock.settimeout(None)
-                handler(connection, hello)
-        except (WireError, OSError):
-            pass  # the peer is gone, or was never one of ours; who depends on it learns of it from its handler
+            serve()
+        except WireError:
+            self.refusals += 1
+        except OSError:
+            pass  # the peer is gone; who depends on it learns of it from `serve`
         except (KeyError, TypeError, ValueError):
-            self.refusals += 1  # a well-formed frame that makes no sense here
+            self.refusals += 1
         finally:
             self.release(connection)
+
+    def _serve(self, connection: Connection) -> None:
+        connection.sock.settimeout(HANDSHAKE_TIMEOUT)
+        hello = connection.receive_hello()
+        if not self._closed and (handler := self._greet(connection, hello)):
+            connection.sock.settimeout(None)
+            handler(connection, hello)
 
     def _greet(self, connection: Connection, hello: Message) -> Handler | None:
         handler = self.handlers.get(str(hello.get("purpose")))
@@ -140,3 +183,24 @@ class Node:
             connection.send(self.identity.hello("reply"))
             return handler
         return None
+
+
+def _connect(endpoint: str) -> tuple[Connection, str]:
+    """A connection to `host:port` or `host:port/name`, and the name that the hello has to give to the gateway there."""
+    address, _, name = endpoint.partition("/")
+    host, _, port = address.rpartition(":")
+    return Connection(socket.create_connection((host, int(port)), HANDSHAKE_TIMEOUT)), name
+
+
+def _register(gateway: str, name: str) -> Connection:
+    connection, _ = _connect(gateway)
+    try:
+        connection.send({"type": "register", "name": name})
+        if connection.receive_hello().get("type") != "registered":
+            raise ConnectionError(f"{gateway} is no gateway")
+        connection.sock.settimeout(None)
+        keep_alive(connection.sock)
+        return connection
+    except BaseException:
+        connection.close()
+        raise

@@ -49,7 +49,8 @@ def check(message: Message) -> None:
         if list(members) != sorted(set(members)):
             raise ValueError("a proposal's members are not a sorted set")
     for answer in message["answers"] if kind == "start" else [message["answer"]] if kind == "answer" else ():
-        _integer(answer["tokens"])
+        for number in (answer["tokens"], answer.get("up", 0), answer.get("down", 0)):
+            _integer(number)
         for lease, upto in answer["leases"]:
             _integer(lease), _integer(upto)
         if not all(isinstance(answer[key], str) for key in ("member", "theta", "momentum")):

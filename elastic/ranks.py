@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from elastic.exchange import Exchanger, Order, Outcome, parse_order
+from elastic.attempt import Order, Outcome, parse_order
+from elastic.exchange import Exchanger
 from elastic.node import Node
 from elastic.wire import Connection, Message
 

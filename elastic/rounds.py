@@ -55,6 +55,8 @@ class Flight:
     """attempt -> member -> digest of the result that it holds."""
     waited: int = -1
     """Head for which the minority wait is over."""
+    without: set[str] = field(default_factory=set)
+    """Members whose exchange stalled although they are connected: this round is tried without them."""
 
     @property
     def turn(self) -> str:
@@ -94,8 +96,8 @@ class Rounds:
                 return list(self._received(sender, message))
             case Exchanged(attempt, digest):
                 return list(self._exchanged(attempt, digest))
-            case ExchangeFailed(attempt, _):
-                return list(self._give_up_attempt(attempt))
+            case ExchangeFailed(attempt, suspects):
+                return list(self._give_up_attempt(attempt, suspects))
             case Alarm():
                 return list(self._alarm(event))
 
@@ -163,7 +165,10 @@ class Rounds:
         view, flight = self.view, self.flights.get(fragment)
         if view is None or view.stopped or flight is None or not flight.due or flight.best:
             return
-        members = self.connected()
+        members = tuple(member for member in self.connected() if member not in flight.without)
+        if len(members) < self.wanted():
+            flight.without.clear()  # better with them than not at all
+            members = self.connected()
         if self.me not in members or len(members) < self.wanted():
             return
         if 2 * len(members) < len(view.members) and flight.waited != view.seq:
@@ -269,9 +274,13 @@ class Rounds:
         ):
             yield Send(sender, {"type": "head", "head": view.seq})
             return
+        flight = self.flight(proposal.fragment)
         if self.me not in proposal.members:
             return
-        flight = self.flight(proposal.fragment)
+        if flight.without & {*proposal.members}:  # the proposer has yet to hear of them
+            flight.number = max(flight.number, proposal.number)
+            yield from self._give_up(flight)
+            return
         if proposal == flight.best and flight.answer is not None:
             yield from self._send_answer(proposal, flight.answer)
         elif proposal.beats(flight.best) and proposal.number >= flight.number:
@@ -350,9 +359,10 @@ class Rounds:
             if flight.best is not None and member in flight.best.members and not self.complete(flight):
                 yield from self._give_up(flight)
 
-    def _give_up_attempt(self, attempt: str) -> Iterator[Action]:
+    def _give_up_attempt(self, attempt: str, suspects: frozenset[str]) -> Iterator[Action]:
         for flight in list(self.flights.values()):
             if flight.attempt == attempt and not self.complete(flight):
+                flight.without |= suspects - {self.me}
                 yield from self._give_up(flight)
 
     def _give_up(self, flight: Flight) -> Iterator[Action]:

@@ -17,7 +17,10 @@ MAGIC = b"DLC1"
 HEAD = struct.Struct(">4sIQI")
 """magic, bytes of JSON, bytes of payload, crc32 of both."""
 MAX_JSON = 4 << 20
-MAX_PAYLOAD = 64 << 20
+MAX_PAYLOAD = 4 << 20
+"""Bulk data travels in chunks of 1 MiB of fp32 at most."""
+MAX_HELLO = 64 << 10
+"""Bytes of JSON that a stranger may send; he has no payload to send."""
 
 
 class WireError(OSError):
@@ -30,29 +33,31 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
-        self.sent = 0
-        """Bytes sent, frames included."""
         self._sending = threading.Lock()
 
-    def send(self, message: Message, payload: memoryview | bytes = b"") -> None:
-        """Blocks while the peer does not read. Raises OSError when the connection is gone or its time-out passes."""
-        data = json.dumps(message, separators=(",", ":")).encode()
-        checksum = zlib.crc32(payload, zlib.crc32(data))
+    def send(self, message: Message, payload: memoryview | bytes = b"") -> int:
+        """Blocks while the peer does not read. Returns the bytes sent. Raises OSError when the connection is gone or its
+        time-out passes."""
+        frame = encode(message, payload)
         with self._sending:
-            self.sock.sendall(HEAD.pack(MAGIC, len(data), len(payload), checksum) + data)
+            self.sock.sendall(frame)
             if len(payload):
                 self.sock.sendall(payload)
-            self.sent += HEAD.size + len(data) + len(payload)
+        return len(frame) + len(payload)
 
-    def receive(self) -> tuple[Message, bytearray]:
+    def receive(self, max_json: int = MAX_JSON, max_payload: int = MAX_PAYLOAD) -> tuple[Message, bytearray]:
         """The next frame. Raises WireError on anything else, ConnectionError at the end of the stream."""
         magic, json_size, payload_size, checksum = HEAD.unpack(self._exactly(HEAD.size))
-        if magic != MAGIC or json_size > MAX_JSON or payload_size > MAX_PAYLOAD:
+        if magic != MAGIC or json_size > max_json or payload_size > max_payload:
             raise WireError("not a frame of this protocol")
         data, payload = self._exactly(json_size), self._exactly(payload_size)
         if zlib.crc32(payload, zlib.crc32(data)) != checksum:
             raise WireError("a frame's checksum does not match")
         return decode_json(data), payload
+
+    def receive_hello(self) -> Message:
+        """The first frame of a connection, from somebody who has proved nothing yet."""
+        return self.receive(MAX_HELLO, 0)[0]
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)
@@ -69,6 +74,12 @@ class Connection:
         with contextlib.suppress(OSError):  # not connected any more
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+
+
+def encode(message: Message, payload: memoryview | bytes = b"") -> bytes:
+    """A frame's head and JSON; the payload follows."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    return HEAD.pack(MAGIC, len(data), len(payload), zlib.crc32(payload, zlib.crc32(data))) + data
 
 
 def decode_json(data: bytes | bytearray) -> Message:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,14 @@ from torch import Tensor
 from diloco.averaging import Averaging
 from diloco.codec import CODECS
 from diloco.fragments import Fragment, Slot, block_digests
-from elastic import exchange
-from elastic.exchange import Attempt, Exchanger, Key, Order, Outcome, Party
+from elastic import attempt
+from elastic.attempt import Attempt, Contribution, Key, Order, Outcome, Party
+from elastic.exchange import Exchanger
+from elastic.links import EARLY
 from elastic.node import Identity, Node
-from elastic.plan import CHUNK, cells, chunks, rank_blocks
+from elastic.plan import CHUNK, WHOLE, cells, chunks, ownership, rank_blocks
 from elastic.ranks import Ranks, follow
-from elastic.wire import WireError
+from elastic.wire import Connection, WireError
 
 KEY: Key = (0, 0, 0)
 BLOCK = 512
@@ -44,7 +45,18 @@ class Rank:
 class Cluster:
     """`worlds[k]` ranks in member k; every member's contribution to one fragment of `elements` is offered."""
 
-    def __init__(self, worlds: Sequence[int], elements: int, codec: str = "int8", stall: float = 10.0) -> None:
+    def __init__(
+        self,
+        worlds: Sequence[int],
+        elements: int,
+        codec: str = "int8",
+        stall: float = 10.0,
+        streams: int = 0,
+        closed: frozenset[int] = frozenset(),
+    ) -> None:
+        self.shares: tuple[int, ...] | None = None
+        self.streams, self.closed = streams, closed
+        """Members that nobody can dial."""
         torch.manual_seed(elements)
         self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),), BLOCK)], CODECS[codec])
         self.blocks, self.worlds = self.averaging.blocks(0), worlds
@@ -60,7 +72,7 @@ class Cluster:
     def _rank(self, k: int, r: int, stall: float) -> Rank:
         node = Node("127.0.0.1")
         node.identity = Identity("run", "{}", self.names[k], r)
-        rank = Rank(node, Exchanger(node, self.averaging, r, stall))
+        rank = Rank(node, Exchanger(node, self.averaging, r, stall, self.streams))
         rank.exchanger.on_outcome = lambda outcome: rank.outcomes.update({outcome.attempt: outcome})
         return rank
 
@@ -71,14 +83,24 @@ class Cluster:
 
     def offer(self, k: int) -> None:
         for r, rank in enumerate(self.members[k]):
-            rank.exchanger.offer(KEY, self.slice(k, r, self.encoded[k]).clone())
+            rank.exchanger.offer(KEY, self.contribution(k, r))
+
+    def contribution(self, k: int, r: int) -> Contribution:
+        first, last = rank_blocks(self.blocks, r, self.worlds[k])
+        delta = self.deltas[k][first * BLOCK : last * BLOCK]
+        return self.averaging.contribution(0, first, last, delta, torch.zeros_like(delta))
 
     def order(self, attempt: str, members: Sequence[int], me: int) -> Order:
         parties = [
-            Party(self.names[k], tuple(rank.node.endpoint for rank in self.members[k]), self.weights[k])
+            Party(
+                self.names[k],
+                tuple("" if k in self.closed else rank.node.endpoint for rank in self.members[k]),
+                self.weights[k],
+            )
             for k in members
         ]
-        return Order(attempt, KEY, tuple(parties), members.index(me))
+        shares = self.shares or ownership([1.0] * len(parties))
+        return Order(attempt, KEY, tuple(parties), shares, members.index(me))
 
     def start(self, attempt: str, members: Sequence[int], only: Sequence[int] | None = None) -> None:
         for k in members if only is None else only:
@@ -114,9 +136,8 @@ class Cluster:
             rank.node.close()
 
     def idle(self) -> bool:
-        """No attempt under way, no connection open."""
-        ranks = [rank for member in self.members for rank in member]
-        return until(lambda: not any(r.exchanger._attempts or r.node._open for r in ranks))
+        """No attempt under way."""
+        return until(lambda: not any(r.exchanger._attempts for member in self.members for r in member))
 
 
 def _dead(*_: Any) -> None:
@@ -172,14 +193,15 @@ def test_bytes_on_the_wire_are_twice_the_share_of_the_others(cluster: Make) -> N
     total = len(c.encoded[0])
     for member in c.members:
         outcome = member[0].outcomes["a"]
-        assert 4 / 3 * total <= outcome.sent <= 4 / 3 * total + 20_000
-        assert outcome.received == 4 / 3 * total
+        block = c.averaging.size(0, 0, 1)  # shares are of whole blocks
+        assert 4 / 3 * total - block <= outcome.sent <= 4 / 3 * total + block + 20_000
+        assert abs(outcome.received - 4 / 3 * total) <= block
 
 
-def test_a_start_that_comes_late_finds_its_data_connections_waiting(cluster: Make) -> None:
+def test_a_start_that_comes_late_finds_its_data_waiting(cluster: Make) -> None:
     c = cluster((2, 1), 40 * BLOCK)
     c.start("a", range(2), only=[0])
-    assert until(lambda: len(c.members[1][0].node._open) == 2)
+    assert until(lambda: sum("a" in link.early for link in c.members[1][0].exchanger.links.all()) == 2)
     c.start("a", range(2), only=[1])
     c.assert_result("a", range(2))
 
@@ -298,24 +320,26 @@ def test_a_round_decided_while_its_attempt_ends_leaves_nothing(cluster: Make) ->
     assert c.ended("a", [0]) and c.members[0][0].exchanger.result("a") is None
 
 
-def test_late_connections_of_unknown_and_ended_attempts_do_no_harm(
-    cluster: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exchange, "START_PATIENCE", 0.2)
+def intruder(c: Cluster, k: int, target: int) -> Connection:
+    """A data stream that says it is of rank 0 of member k."""
+    connection, _ = c.members[k][0].node.dial(c.members[target][0].node.endpoint, "data", 5, link="other")
+    return connection
+
+
+def test_late_frames_of_unknown_and_ended_attempts_do_no_harm(cluster: Make) -> None:
     c = cluster((1, 1), 20 * BLOCK)
     c.start("a", range(2))
     c.assert_result("a", range(2))
-    sender, target = c.members[1][0].node, c.members[0][0]
-    for attempt in ("a", "unknown"):
-        connection, _ = sender.dial(target.node.endpoint, "data", 5, attempt=attempt)
-        with pytest.raises(OSError):  # hung up, whatever is said
-            while True:
-                connection.send({"type": "sum", "first": 0, "last": 4}, bytes(100))
-                connection.sock.settimeout(0.05)
-                with contextlib.suppress(TimeoutError):
-                    connection.receive()
-        sender.release(connection)
+    connection, target = intruder(c, 1, 0), c.members[0][0].exchanger
+    for attempt in ["a", *(f"unknown {n}" for n in range(200))]:
+        connection.send({"type": "sum", "attempt": attempt, "first": 0, "last": 4}, bytes(100_000))
+    assert until(lambda: any("unknown 199" in link.early for link in target.links.all()))
+    (link,) = target.links.all()
+    kept = sum(len(payload) for frames in link.early.values() for _, payload in frames)
+    assert 0 < kept == link._early_bytes <= 2 * EARLY and "a" not in link.early  # the newest, so many
     c.assert_result("a", range(2))
+    connection.close()
+    assert until(lambda: not target.links.all())
     c.start("b", range(2))
     c.assert_result("b", range(2))
     assert c.idle()
@@ -324,72 +348,148 @@ def test_late_connections_of_unknown_and_ended_attempts_do_no_harm(
 def test_a_member_that_is_not_of_the_attempt_is_not_heard(cluster: Make) -> None:
     c = cluster((1, 1, 1), 20 * BLOCK)
     c.start("a", [0, 1], only=[0])
-    stranger = c.members[2][0].node
-    connection, _ = stranger.dial(c.members[0][0].node.endpoint, "data", 5, attempt="a")
+    connection = intruder(c, 2, 0)
+    connection.send({"type": "part", "attempt": "a", "first": 0}, bytes(10))
     with pytest.raises(ConnectionError):
-        connection.send({"type": "part", "first": 0}, bytes(10))
         connection.receive()
+    assert until(lambda: c.members[0][0].node.refusals == 1)
     c.start("a", [0, 1], only=[1])
     c.assert_result("a", [0, 1])
 
 
 def attempt_of(c: Cluster, k: int, members: Sequence[int], r: int = 0) -> Attempt:
-    return Attempt(c.order("x", members, k), r, c.averaging, c.slice(k, r, c.encoded[k]), 1.0)
+    return Attempt(c.order("x", members, k), r, c.averaging, c.contribution(k, r), 1.0)
 
 
 def test_wrong_and_repeated_chunks_are_refused(cluster: Make) -> None:
     c = cluster((1, 2), 40 * BLOCK)
     a = attempt_of(c, 0, range(2))
-    mine = next(chunk for cell in a.cells for chunk in chunks(*cell.owned(0)))
-    theirs = next(chunk for cell in a.cells for chunk in chunks(*cell.owned(1)))
+    mine, theirs = min(a.due), min(a.missing)
+    sender, other = a.peers[mine][0], (c.names[1], 1 - a.peers[mine][0][1])
+    assert a.peers[theirs] == [sender]
 
-    def data(chunk: tuple[int, int]) -> bytearray:
-        return bytearray(c.averaging.size(0, *chunk))
+    def data(first: int) -> bytearray:
+        return bytearray(c.averaging.size(0, first, a.end[first]))
 
-    refused: list[tuple[int, str, Any, bytearray]] = [
-        (1, "part", theirs[0], data(theirs)),  # not mine to reduce
-        (1, "sum", mine[0], data(mine)),  # mine to reduce, not the sender's
-        (0, "part", mine[0], data(mine)),  # from myself
-        (0, "sum", theirs[0], data(theirs)),
-        (1, "part", mine[0], data(mine)[:-1]),
-        (1, "part", mine[0], data(mine) + b"x"),
-        (1, "part", mine[0], bytearray()),
-        (1, "part", mine[0] + 1, data(mine)),
-        (1, "part", -1, data(mine)),
-        (1, "part", 10**9, data(mine)),
-        (1, "part", None, data(mine)),
-        (1, "part", [1], data(mine)),
-        (1, "part", "0", data(mine)),
-        (1, "start", mine[0], data(mine)),
+    refused: list[tuple[Any, str, Any, bytearray]] = [
+        (sender, "part", theirs, data(theirs)),  # not mine to reduce
+        (sender, "sum", mine, data(mine)),  # mine to reduce, not the sender's
+        ((c.names[0], 0), "part", mine, data(mine)),  # from myself
+        ((c.names[0], 0), "sum", theirs, data(theirs)),
+        (("m9_9", 0), "sum", theirs, data(theirs)),
+        (other, "part", mine, data(mine)),  # the right member's wrong rank
+        (other, "sum", theirs, data(theirs)),
+        (sender, "part", mine, data(mine)[:-1]),
+        (sender, "part", mine, data(mine) + b"x"),
+        (sender, "part", mine, bytearray()),
+        (sender, "part", mine + 1, data(mine)),
+        (sender, "part", -1, data(mine)),
+        (sender, "part", 10**9, data(mine)),
+        (sender, "part", None, data(mine)),
+        (sender, "part", [1], data(mine)),
+        (sender, "part", "0", data(mine)),
+        (sender, "start", mine, data(mine)),
     ]
-    for sender, kind, first, payload in refused:
+    for peer, kind, first, payload in refused:
         with pytest.raises(WireError):
-            a.deliver(sender, kind, first, payload)
+            a.handle(peer, {"type": kind, "first": first}, payload)
     assert a.received == 0 and not a.parts
-    a.deliver(1, "part", mine[0], data(mine))
-    a.deliver(1, "sum", theirs[0], data(theirs))
+    a.handle(sender, {"type": "part", "first": mine}, data(mine))
+    a.handle(sender, {"type": "sum", "first": theirs}, data(theirs))
     a.parts.clear()  # reduced already: still not welcome twice
-    for kind, chunk in (("part", mine), ("sum", theirs)):
+    for kind, first in (("part", mine), ("sum", theirs)):
         with pytest.raises(WireError):
-            a.deliver(1, kind, chunk[0], data(chunk))
+            a.handle(sender, {"type": kind, "first": first}, data(first))
 
 
 @pytest.mark.parametrize("first", [0, "x", None, 10**6])
 def test_a_bad_chunk_fails_the_attempt_and_names_its_sender(cluster: Make, first: Any) -> None:
     c = cluster((1, 1), 40 * BLOCK)
-    c.start("a", range(2), only=[0])
-    connection, _ = c.members[1][0].node.dial(c.members[0][0].node.endpoint, "data", 5, attempt="a")
-    connection.send({"type": "part", "first": first, "last": 4}, b"too short")
-    assert c.ended("a", [0])
-    assert c.members[0][0].outcomes["a"].suspects == {c.names[1]}
+    c.start("a", range(2), only=[1])
+    intruder(c, 0, 1).send({"type": "part", "attempt": "a", "first": first}, b"too short")
+    assert c.ended("a", [1])
+    assert c.members[1][0].outcomes["a"].suspects == {c.names[0]}
+    assert until(lambda: c.members[1][0].node.refusals == 1)
     c.start("b", range(2))
     c.assert_result("b", range(2))
+
+
+@pytest.mark.parametrize("worlds", [(1, 1, 1), (4, 1, 2)])
+def test_a_member_may_own_nothing_or_everything(cluster: Make, worlds: tuple[int, ...]) -> None:
+    c = cluster(worlds, 60 * BLOCK + 7)
+    for n, shares in enumerate([(WHOLE, 0, 0), (0, WHOLE - 1, 1), (WHOLE // 2 - 9, 9, WHOLE // 2)]):
+        c.shares = shares
+        c.start(f"a{n}", range(3))
+        c.assert_result(f"a{n}", range(3))
+    assert c.idle()
+
+
+def test_parts_that_wait_for_a_slow_member_fill_no_more_than_the_window(
+    cluster: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "WINDOW", 20_000)
+    monkeypatch.setattr(attempt, "EARLY", 5_000)
+    c = cluster((1, 1, 1), 400 * BLOCK)
+    c.shares = (WHOLE, 0, 0)
+    c.start("a", range(3), only=[0, 1])
+    under_way = c.members[0][0].exchanger._attempts["a"]
+    assert until(lambda: under_way.held > 10_000)  # all of member 1's, none of member 2's
+    c.start("a", range(3), only=[2])
+    c.assert_result("a", range(3))
+    assert under_way.peak <= 2 * 20_000 < len(c.encoded[1]) / 4
+
+
+def test_a_contribution_that_is_not_finite_never_leaves(cluster: Make) -> None:
+    c = cluster((1, 1), 20 * BLOCK)
+    c.deltas[0][7 * BLOCK] = float("nan")
+    c.offer(0)
+    c.start("a", range(2))
+    assert c.ended("a", [0, 1])
+    assert c.members[0][0].outcomes["a"].digests is None
+
+
+def test_links_outlive_attempts_and_come_back(cluster: Make) -> None:
+    c = cluster((2, 1), 40 * BLOCK)
+    c.start("a", range(2))
+    c.assert_result("a", range(2))
+    links = c.members[1][0].exchanger.links.all()
+    c.start("b", range(2))
+    c.assert_result("b", range(2))
+    assert c.members[1][0].exchanger.links.all() == links
+    for link in links:
+        link.close("a test")
+    assert until(lambda: not any(r.exchanger.links.all() for m in c.members for r in m))
+    c.start("c", range(2))
+    c.assert_result("c", range(2))
+
+
+def test_more_streams_are_opened_as_configured(cluster: Make) -> None:
+    c = cluster((1, 1), 40 * BLOCK, streams=5)
+    c.start("a", range(2))
+    c.assert_result("a", range(2))
+    c.start("b", range(2))
+    c.assert_result("b", range(2))
+    assert until(lambda: all(len(m[0].exchanger.links.all()[0].streams) == 5 for m in c.members))
+
+
+@pytest.mark.parametrize("closed", [0, 1])
+def test_who_cannot_be_dialled_dials(cluster: Make, closed: int) -> None:
+    c = cluster((2, 3), 60 * BLOCK, closed={closed})
+    c.start("a", range(2))
+    c.assert_result("a", range(2))
+
+
+def test_two_that_cannot_be_dialled_have_no_way(cluster: Make) -> None:
+    c = cluster((1, 1), 9 * BLOCK, closed={0, 1})
+    c.start("a", range(2))
+    assert c.ended("a", range(2))
+    assert "can be dialled" in c.members[0][0].outcomes["a"].reason
 
 
 def test_every_block_has_one_owner_and_one_rank_per_member() -> None:
     for blocks in (1, 2, 3, 7, 16, 61):
         for worlds in ((1,), (1, 1), (4, 1), (2, 3, 1), (5, 7, 2)):
-            plan = cells(blocks, worlds)
+            plan = cells(blocks, worlds, ownership([1.0] * len(worlds)))
             assert [cell.first for cell in plan] == [0, *(cell.last for cell in plan[:-1])] and plan[-1].last == blocks
             for cell in plan:
                 for k, rank in enumerate(cell.ranks):

@@ -1,0 +1,133 @@
+"""What the exchange asks of TCP beyond a byte stream: options for long fat links, and what the kernel knows of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import struct
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+UNSENT = 128 << 10
+"""Bytes that wait in a socket for the congestion window. More would only queue what a faster stream could take, and leave
+one stream with megabytes to send when the others are done."""
+KEEPALIVE = (60, 15, 4)
+"""Seconds of idleness before a probe, between probes, probes: also keeps address translators from forgetting us between
+two rounds."""
+MIN_STREAMS, MAX_STREAMS = 4, 32
+SAMPLE = 0.05
+"""Seconds between two looks at the counters."""
+WINDOW = 0.4
+"""Seconds over which a rate is taken."""
+LEAST = 1 << 19
+"""Bytes below which what was measured is latency, not a rate."""
+FADE = 0.8
+"""What is left of an older rate when a newer measurement is lower."""
+
+
+def tune(sock: socket.socket, congestion: str) -> None:
+    """For a stream of bulk data. congestion: an algorithm of the kernel's; empty: its default. One that this kernel does
+    not have, or does not allow us, is passed over."""
+    keep_alive(sock)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+    if congestion and hasattr(socket, "TCP_CONGESTION"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+
+
+def keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Linux's TCP_INFO of one socket, the part that is used here."""
+
+    rtt: float
+    """The smallest seen, s."""
+    acked: int
+    """Bytes that the peer's kernel has."""
+    received: int
+
+
+def info(sock: socket.socket) -> Info | None:
+    """None where the kernel does not tell, or the socket is gone."""
+    try:
+        data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    except (OSError, AttributeError):
+        return None
+    if len(data) < 152:
+        return None
+    acked, received = struct.unpack_from("=QQ", data, 120)  # struct tcp_info of <linux/tcp.h>
+    (smallest,) = struct.unpack_from("=I", data, 148)
+    return Info(smallest / 1e6, acked, received)
+
+
+def send_buffer() -> int:
+    """Bytes that the kernel lets a socket hold that grows its buffer by itself: a bound of a stream's window."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2])
+    except (OSError, ValueError, IndexError):
+        return 4 << 20
+
+
+def streams_for(rtt: float, rate: float, buffer: int) -> int:
+    """Parallel streams for a link. rtt: s; rate: bytes/s, 0 if not known; buffer: bytes that one stream may have on its
+    way. Half of a buffer is overhead; and several even out losses and slow starts where there is a distance."""
+    least = MIN_STREAMS if rtt > 0.002 else 1
+    return min(max(least, math.ceil(rtt * rate / (buffer / 2))), MAX_STREAMS)
+
+
+class Meter:
+    """The rates that this rank's links have carried, from the kernel's counters of acknowledged and received bytes: the
+    highest over a window, since waiting for others is not slowness."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0.0
+        """bytes/s; 0: not known yet."""
+        self._last: weakref.WeakKeyDictionary[socket.socket, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._totals = (0, 0)
+        self._samples: deque[tuple[float, int, int]] = deque()
+        self._peaks = (0.0, 0.0)
+        self._start = (0, 0)
+
+    def begin(self) -> None:
+        self._samples.clear()
+        self._peaks, self._start = (0.0, 0.0), self._totals
+
+    def sample(self, sockets: Callable[[], Iterable[socket.socket]]) -> None:
+        """Call it every `SAMPLE` seconds or so while data flows."""
+        now = time.monotonic()
+        if self._samples and now - self._samples[-1][0] < SAMPLE:
+            return
+        sent, received = self._totals
+        for sock in sockets():
+            if (seen := info(sock)) is not None:
+                before = self._last.get(sock, (0, 0))
+                sent, received = sent + max(seen.acked - before[0], 0), received + max(seen.received - before[1], 0)
+                self._last[sock] = (seen.acked, seen.received)
+        self._totals = (sent, received)
+        self._samples.append((now, sent, received))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
+            self._samples.popleft()
+        then, sent0, received0 = self._samples[0]
+        if now - then >= WINDOW:
+            up, down = (sent - sent0) / (now - then), (received - received0) / (now - then)
+            self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
+
+    def end(self) -> None:
+        """Takes what was seen since `begin` into the rates."""
+        moved = (self._totals[0] - self._start[0], self._totals[1] - self._start[1])
+        if moved[0] >= LEAST and self._peaks[0]:
+            self.up = max(self._peaks[0], FADE * self.up)
+        if moved[1] >= LEAST and self._peaks[1]:
+            self.down = max(self._peaks[1], FADE * self.down)
