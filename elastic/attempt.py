@@ -21,6 +21,11 @@ from elastic.wire import Message, WireError
 Key = tuple[int, int, int]
 """(epoch, fragment, base): what a contribution was made for."""
 
+CHUNK = 128 << 10
+"""Bytes of a message, about: every stream carries one at a time, so a chunk is complete, and its sum can be on its way, after
+as many chunks as there are streams."""
+MAX_CHUNK = 64
+"""Blocks in a message at most, of a codec that makes very little of them."""
 WINDOW = 32 << 20
 """Bytes of one peer rank's parts that may be on their way or wait here for other members' parts."""
 TICK = 0.05
@@ -171,6 +176,8 @@ class Attempt:
         self.first, self.last = rank_blocks(self.blocks, self.rank, len(order.parties[me].endpoints))
         worlds = [len(p.endpoints) for p in order.parties]
         mine = [c for c in cells(self.blocks, worlds, order.shares) if c.ranks[me] == self.rank]
+        self.chunk = min(max(round(CHUNK / self.arithmetic.size(fragment, 0, 1)), 1), MAX_CHUNK)
+        """Blocks in a message."""
         self.others = [k for k in range(members) if k != me]
         self.sides = {self._peer(k, c.ranks[k]): Side(k) for c in mine for k in self.others}
         self.end: dict[int, int] = {}
@@ -181,7 +188,7 @@ class Attempt:
             ranks = [self._peer(k, cell.ranks[k]) for k in self.others]
             for k in range(members):
                 whole = (cell.first, cell.last) if self.arithmetic.gathers else cell.owned(k)
-                for a, b in chunks(*whole):
+                for a, b in chunks(*whole, self.chunk):
                     self.end[a], self.peers[a] = b, ranks
                     self.owner[a] = me if self.arithmetic.gathers else k
                     if k != me:
@@ -210,7 +217,12 @@ class Attempt:
     @property
     def window(self) -> int:
         """Parts of a peer rank that may be on their way or wait here."""
-        return max(WINDOW // max(self.arithmetic.size(self.order.key[1], 0, min(4, self.blocks)), 1), 1)
+        return max(WINDOW // self.chunk_size, 1)
+
+    @property
+    def chunk_size(self) -> int:
+        """Encoded bytes of a chunk that is not a cell's last."""
+        return self.arithmetic.size(self.order.key[1], 0, min(self.chunk, self.blocks))
 
     # Sending
 
@@ -219,8 +231,7 @@ class Attempt:
         for peer, side in self.sides.items():
             side.link = links[peer]
             self._allow(side)
-            early = EARLY // max(self.part_size(side.parts[0][0]), 1) if side.parts else 0
-            self._grant(side, max(early, 1))
+            self._grant(side, max(EARLY // self.chunk_size, 1))
 
     def _allow(self, side: Side) -> None:
         """Lets the peer send on once a good part of its window is free."""
@@ -370,8 +381,7 @@ class Attempt:
         """Seconds of silence after which a peer rank is given up: what a chunk takes at its measured rate, many times."""
         if side.link is None or not side.link.rate:
             return self.stall
-        chunk = self.arithmetic.size(self.order.key[1], 0, min(4, self.blocks))
-        return min(PATIENCE + LATE * chunk / side.link.rate, self.stall)
+        return min(PATIENCE + LATE * self.chunk_size / side.link.rate, self.stall)
 
     def _late(self, now: float) -> list[Side]:
         """Who has been silent for too long and owes parts; sums may wait for a third one's parts, so only if nobody owes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 CHUNK = 4
-"""Blocks in one message of an exchange: 256 Ki elements of the standard block."""
+"""Blocks that are worked on, or fetched, at a time: 256 Ki elements of the standard block."""
 WHOLE = 1 << 20
 """What ownership shares add up to."""
 ALIKE = 0.88

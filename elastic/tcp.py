@@ -22,8 +22,10 @@ two rounds."""
 MIN_STREAMS, MAX_STREAMS = 4, 32
 SAMPLE = 0.05
 """Seconds between two looks at the counters."""
-WINDOW = 0.4
-"""Seconds over which a rate is taken."""
+WINDOW = 1.0
+"""Seconds over which a rate is taken: so many that a queue that empties on the way does not make it look much higher."""
+SHORTEST = 0.3
+"""Of an exchange that ends before that, this at least."""
 LEAST = 1 << 19
 """Bytes below which what was measured is latency, not a rate."""
 FADE = 0.8
@@ -48,15 +50,20 @@ def keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+FIELDS = {"snd_mss": 16, "rcv_mss": 20, "min_rtt": 148, "data_segs_in": 152, "delivered": 192}
+"""Offsets of 32-bit fields in struct tcp_info of <linux/tcp.h>."""
+
+
 @dataclass(frozen=True)
 class Info:
     """Linux's TCP_INFO of one socket, the part that is used here."""
 
     rtt: float
     """The smallest seen, s."""
-    acked: int
-    """Bytes that the peer's kernel has."""
+    sent: int
+    """Bytes that the peer's kernel has, also out of order: a lost packet does not hold up the count of the later ones."""
     received: int
+    """The same of what came here."""
 
 
 def info(sock: socket.socket) -> Info | None:
@@ -65,11 +72,11 @@ def info(sock: socket.socket) -> Info | None:
         data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     except (OSError, AttributeError):
         return None
-    if len(data) < 152:
+    if len(data) < 196:
         return None
-    acked, received = struct.unpack_from("=QQ", data, 120)  # struct tcp_info of <linux/tcp.h>
-    (smallest,) = struct.unpack_from("=I", data, 148)
-    return Info(smallest / 1e6, acked, received)
+    field = {name: struct.unpack_from("=I", data, at)[0] for name, at in FIELDS.items()}
+    sent, received = field["delivered"] * field["snd_mss"], field["data_segs_in"] * field["rcv_mss"]
+    return Info(field["min_rtt"] / 1e6, sent, received)
 
 
 def send_buffer() -> int:
@@ -88,7 +95,7 @@ def streams_for(rtt: float, rate: float, buffer: int) -> int:
 
 
 class Meter:
-    """The rates that this rank's links have carried, from the kernel's counters of acknowledged and received bytes: the
+    """The rates that this rank's links have carried, from the kernel's counters of delivered bytes: the
     highest over a window, since waiting for others is not slowness."""
 
     def __init__(self) -> None:
@@ -98,11 +105,10 @@ class Meter:
         self._totals = (0, 0)
         self._samples: deque[tuple[float, int, int]] = deque()
         self._peaks = (0.0, 0.0)
-        self._start = (0, 0)
 
     def begin(self) -> None:
         self._samples.clear()
-        self._peaks, self._start = (0.0, 0.0), self._totals
+        self._peaks = (0.0, 0.0)
 
     def sample(self, sockets: Callable[[], Iterable[socket.socket]]) -> None:
         """Call it every `SAMPLE` seconds or so while data flows."""
@@ -113,21 +119,25 @@ class Meter:
         for sock in sockets():
             if (seen := info(sock)) is not None:
                 before = self._last.get(sock, (0, 0))
-                sent, received = sent + max(seen.acked - before[0], 0), received + max(seen.received - before[1], 0)
-                self._last[sock] = (seen.acked, seen.received)
+                sent, received = sent + max(seen.sent - before[0], 0), received + max(seen.received - before[1], 0)
+                self._last[sock] = (seen.sent, seen.received)
         self._totals = (sent, received)
         self._samples.append((now, sent, received))
         while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
             self._samples.popleft()
-        then, sent0, received0 = self._samples[0]
-        if now - then >= WINDOW:
-            up, down = (sent - sent0) / (now - then), (received - received0) / (now - then)
-            self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
+        if now - self._samples[0][0] >= WINDOW:
+            self._take_rates()
+
+    def _take_rates(self) -> None:
+        (then, sent0, received0), (now, sent, received) = self._samples[0], self._samples[-1]
+        up, down = max(sent - sent0, 0) / (now - then), max(received - received0, 0) / (now - then)
+        self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
 
     def end(self) -> None:
         """Takes what was seen since `begin` into the rates."""
-        moved = (self._totals[0] - self._start[0], self._totals[1] - self._start[1])
-        if moved[0] >= LEAST and self._peaks[0]:
-            self.up = max(self._peaks[0], FADE * self.up)
-        if moved[1] >= LEAST and self._peaks[1]:
-            self.down = max(self._peaks[1], FADE * self.down)
+        if self._samples and not any(self._peaks) and self._samples[-1][0] - self._samples[0][0] >= SHORTEST:
+            self._take_rates()
+        self.up, self.down = (
+            max(peak, FADE * old) if peak * SHORTEST >= LEAST else old
+            for peak, old in zip(self._peaks, (self.up, self.down), strict=True)
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diloco.averaging import Averaging
-from diloco.codec import CODECS
+from diloco.codec import CodecConfig, build_codec
 from diloco.fragments import Fragment, Slot, block_digests
 from elastic import attempt
 from elastic.attempt import Attempt, Contribution, Key, Order, Outcome, Party
@@ -58,7 +58,7 @@ class Cluster:
         self.streams, self.closed = streams, closed
         """Members that nobody can dial."""
         torch.manual_seed(elements)
-        self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),), BLOCK)], CODECS[codec])
+        self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),), BLOCK)], build_codec(CodecConfig(codec)))
         self.blocks, self.worlds = self.averaging.blocks(0), worlds
         self.names = [f"m{k}_{k}" for k in range(len(worlds))]
         self.weights = [100.0 * (k + 1) for k in range(len(worlds))]
