@@ -55,8 +55,12 @@ class Flight:
     """attempt -> member -> digest of the result that it holds."""
     waited: int = -1
     """Head for which the minority wait is over."""
+    given_up: bool = False
+    """`best` came to nothing, and no other proposal was heard of since."""
     without: set[str] = field(default_factory=set)
-    """Members whose exchange stalled although they are connected: this round is tried without them."""
+    """Members whose exchange stalled although they are connected: this round is proposed without them."""
+    deaf: set[str] = field(default_factory=set)
+    """Those of them whose next proposal is not heard."""
 
     @property
     def turn(self) -> str:
@@ -165,13 +169,14 @@ class Rounds:
         view, flight = self.view, self.flights.get(fragment)
         if view is None or view.stopped or flight is None or not flight.due or flight.best:
             return
-        members = tuple(member for member in self.connected() if member not in flight.without)
-        if len(members) < self.wanted():
-            flight.without.clear()  # better with them than not at all
-            members = self.connected()
+        connected = self.connected()
+        members = tuple(member for member in connected if member not in flight.without)
+        few = len(members) < self.wanted() or self._minority(members)
+        if few and not self._minority(connected):
+            members = connected  # better with them than not at all
         if self.me not in members or len(members) < self.wanted():
             return
-        if 2 * len(members) < len(view.members) and flight.waited != view.seq:
+        if self._minority(members) and flight.waited != view.seq:
             yield SetAlarm(Alarm("minority", fragment, str(view.seq)), "minority")
             return
         proposal = Proposal(fragment, flight.epoch, flight.base, view.seq, flight.number + 1, self.me, members)
@@ -180,11 +185,15 @@ class Rounds:
                 yield Send(member, proposal.message("propose"))
         yield from self._adopt(proposal)
 
+    def _minority(self, members: tuple[str, ...]) -> bool:
+        """Fewer than half of the run's."""
+        return self.view is not None and 2 * len(members) < len(self.view.members)
+
     def _adopt(self, proposal: Proposal) -> Iterator[Action]:
         flight = self.flight(proposal.fragment)
         if flight.attempt:
             yield Cancel(flight.attempt)
-        flight.best, flight.number = proposal, proposal.number
+        flight.best, flight.number, flight.given_up = proposal, proposal.number, False
         flight.answers, flight.started, flight.attempt = {}, (), ""
         if flight.answer is not None:
             yield from self._send_answer(proposal, flight.answer)
@@ -363,6 +372,7 @@ class Rounds:
         for flight in list(self.flights.values()):
             if flight.attempt == attempt and not self.complete(flight):
                 flight.without |= suspects - {self.me}
+                flight.deaf |= suspects - {self.me}
                 yield from self._give_up(flight)
 
     def _give_up(self, flight: Flight) -> Iterator[Action]:
@@ -371,6 +381,7 @@ class Rounds:
         if flight.attempt:
             yield Cancel(flight.attempt)
         flight.attempt, flight.started, flight.answers, flight.due = "", (), {}, True
+        flight.given_up = True
         yield Read()
         yield SetAlarm(Alarm("again", fragment, flight.turn), "jitter")
 
@@ -378,7 +389,7 @@ class Rounds:
         flight = self.flights.get(alarm.fragment)
         if flight is None or self.view is None:
             return
-        if alarm.name == "again" and alarm.attempt == flight.turn and not flight.attempt:
+        if alarm.name == "again" and alarm.attempt == flight.turn and flight.given_up:
             flight.best = None
             yield from self._propose(alarm.fragment)
         elif alarm.name == "append" and alarm.attempt == flight.attempt and self.complete(flight):

@@ -328,7 +328,7 @@ class World:
         transfer = self.transfers.setdefault(action.attempt, Transfer(members, action.answers))
         assert transfer.answers == action.answers and peer.id not in transfer.started
         transfer.started.add(peer.id)
-        self.at(3.0, self.fail, peer, action.attempt)  # a stall
+        self.at(3.0, self.stall, peer, action.attempt)
         if transfer.started == set(members):
             for member in members:
                 self.at(self.random.random() * 0.3, self.complete, self.peers[member], action.attempt)
@@ -338,16 +338,21 @@ class World:
             self.transfers[attempt].over[peer.id] = "held"
             self.post(peer, rounds.Exchanged(attempt, f"result of {attempt}"))
 
-    def fail(self, peer: Peer, attempt: str) -> None:
+    def stall(self, peer: Peer, attempt: str) -> None:
+        """Whom it blames, it may blame wrongly."""
+        members = self.transfers[attempt].members
+        self.fail(peer, attempt, frozenset(m for m in members if m != peer.id and self.random.random() < 0.3))
+
+    def fail(self, peer: Peer, attempt: str, suspects: frozenset[str] = frozenset()) -> None:
         """The attempt is over for `peer` without a result, and soon for those who still need something of it."""
         transfer = self.transfers.get(attempt)
         if transfer is None or peer.id in transfer.over or (peer.alive and peer.id not in transfer.started):
             return
         transfer.over[peer.id] = "failed"
-        peer.inbox.append(rounds.ExchangeFailed(attempt, frozenset()))
+        peer.inbox.append(rounds.ExchangeFailed(attempt, suspects))
         self.at(0.0, self.pump, peer)
         for member in transfer.started - set(transfer.over):
-            self.at(self.random.random() * 0.3, self.fail, self.peers[member], attempt)
+            self.at(self.random.random() * 0.3, self.fail, self.peers[member], attempt, suspects)
 
     # The main loop
 
@@ -370,7 +375,7 @@ class World:
             return
         if peer.id not in state.members:
             return self.die(peer, 0.1)
-        for f in range(self.fragments) if self.overlap else [state.next_fragment]:
+        for f in range(self.fragments) if self.overlap else [state.next_fragment()]:
             base = state.fragments[f].base
             if peer.ready[f] and self.free(peer, f) and peer.due.get(f) != base:
                 peer.due[f] = base
