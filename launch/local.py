@@ -6,6 +6,8 @@ the region's name before each, and a summary at the end. Ctrl-C stops all of the
     regions=[...]      which regions, YAML; default [eu, us]. nproc: ranks; overrides: of this region only.
     stop_seconds=60    how long regions may take to stop before they are killed
     run.dir=DIR        where the run is; default runs/<time>
+    +wan=atlantic      each region in a network namespace of its own, with the links of configs/wan/atlantic.yaml between
+                       them (lan, atlantic, global, home); wan.KEY=VALUE changes one; needs root. See launch/wan.py
 
 Everything else is handed to diloco.train as it is.
 """
@@ -14,14 +16,17 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from diloco.errors import ConfigError
 from launch.process import Job, Lines, Stop, child_command, forward, supervise
 from launch.regions import Region, find_override, naming, override, parse_override, parse_regions
+from launch.wan import Lab, LabError, introduce, split_wan
 
 TRAIN, LIGHTHOUSE = "diloco.train", "elastic.lighthouse"
 LIGHTHOUSE_SECONDS = 30.0
@@ -44,37 +49,54 @@ def run_local(
     A region that fails before its first report, or with exit code 2 (a user error), stops the others, and its
     code is the result; when one fails later the others go on, and the result is the highest code. Ctrl-C and
     SIGTERM stop all regions: 0 if they did so in time. `stop` tells afterwards whether that happened. Main
-    thread only. Raises ConfigError if an override is not one."""
+    thread only. Raises ConfigError if an override is not one, or +wan cannot be here, LabError if its forwarder breaks."""
     _check(regions, overrides)
-    width = max(len(name) for name in ["lighthouse", *(region.name for region in regions)])
+    names = [region.name for region in regions]
+    wan, overrides = split_wan(overrides, names)
+    if wan:
+        _check_reachable(find_override(overrides, "elastic.lighthouse"))
+    width = max(map(len, ["lighthouse", *names]))
     lines: Lines = queue.Queue()
-    jobs: list[Job] = []
 
     def say(name: str, line: str) -> None:
         on_line(f"{name:<{width}} | {line}")
 
-    with (stop or Stop()).on_signals() as stop:
-        try:
-            ours = {"run.dir": str(run_dir), "elastic.start_regions": str(len(regions))}
-            if find_override(overrides, "elastic.lighthouse") is None:
-                jobs.append(Job("lighthouse", child_command(lighthouse, "--bind", "127.0.0.1:0"), os.environ, lines))
-                address = _address(jobs[0], lines, stop, say)
-                if address is None:
-                    return jobs[0].code or 0
-                ours["elastic.lighthouse"] = address
-            started = [_start(region, regions, overrides, ours, module, lines) for region in regions]
-            jobs += started
-            return _watch(started, run_dir, lines, stop, say, stop_seconds)
-        finally:
-            for job in jobs:
-                job.kill()
-            forward(lines, say)
+    with (stop or Stop()).on_signals() as stop, ExitStack() as stack:
+        stack.callback(forward, lines, say)
+        lab = stack.enter_context(Lab(wan, names, run_dir, lines)) if wan else None
+        for line in introduce(lab) if lab else ():
+            say("wan", line)
+        ours = {"run.dir": str(run_dir), "elastic.start_regions": str(len(regions))}
+        if find_override(overrides, "elastic.lighthouse") is None:
+            bind = f"{lab.hub if lab else '127.0.0.1'}:0"
+            job = Job("lighthouse", child_command(lighthouse, "--bind", bind), os.environ, lines)
+            stack.callback(job.kill)
+            address = _address(job, lines, stop, say)
+            if address is None:
+                return job.code or 0
+            ours["elastic.lighthouse"] = address
+        started = []
+        for region in regions:
+            started.append(_start(region, regions, overrides, ours, module, lines, lab))
+            stack.callback(started[-1].kill)
+        return _watch(started, run_dir, lines, stop, say, stop_seconds, lab)
 
 
 def _check(regions: Sequence[Region], overrides: Sequence[str]) -> None:
     for text in [*overrides, *(o for region in regions for o in region.overrides)]:
         if parse_override(text).key_or_group == "region":
             raise ConfigError(f"{text} names one region: under launch.local write regions=[...] instead")
+    for text in (o for region in regions for o in region.overrides):
+        if parse_override(text).key_or_group.split(".")[0] == "wan":
+            raise ConfigError(f"{text} is not of one region: write it outside of regions=[...]")
+
+
+def _check_reachable(lighthouse: str | None) -> None:
+    """From the namespaces of a WAN lab."""
+    if lighthouse and re.match(r"(http://)?(localhost|127\.|\[?::1)", str(lighthouse)):
+        raise ConfigError(
+            f"elastic.lighthouse={lighthouse} is loopback, and each region under +wan has its own: leave it out"
+        )
 
 
 def _address(job: Job, lines: Lines, stop: Stop, say: Callable[[str, str], None]) -> str | None:
@@ -105,8 +127,10 @@ def _start(
     ours: dict[str, str],
     module: str,
     lines: Lines,
+    lab: Lab | None,
 ) -> Job:
     given = [*overrides, *region.overrides]
+    ours = {**ours, "elastic.host": lab.address(region.name)} if lab else ours
     settings = [f"{key}={value}" if value.isdigit() else override(key, value) for key, value in ours.items()]
     settings = [text for text in settings if find_override(given, text.split("=")[0]) is None]
     command = child_command(
@@ -119,8 +143,16 @@ def _start(
         naming(region.name),
         *settings,
         *given,
+        netns=lab.namespace(region.name) if lab else None,
     )
-    return Job(region.name, command, {"OMP_NUM_THREADS": str(_threads(regions)), **os.environ}, lines)
+    env = {"OMP_NUM_THREADS": str(_threads(regions)), **os.environ}
+    return Job(region.name, command, {**env, **_inside(env)} if lab else env, lines)
+
+
+def _inside(env: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a region in a namespace: its ranks meet on loopback, and torch does not complain that no DNS server
+    can be reached."""
+    return {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": env.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
 
 
 def _threads(regions: Sequence[Region]) -> int:
@@ -135,23 +167,25 @@ def _watch(
     stop: Stop,
     say: Callable[[str, str], None],
     stop_seconds: float,
+    lab: Lab | None,
 ) -> int:
     before = {job.name: _reported(run_dir, job.name) for job in jobs}
+    servants = [lab.job] if lab else []
     fatal: list[int] = []
 
     def on_end(job: Job) -> bool:
         code = job.code
-        if not code or stop.times or fatal:
+        if stop.times or fatal or not (code or job in servants):
             return False
-        if code == 2 or _reported(run_dir, job.name) == before[job.name]:
-            fatal.append(code)
+        if code == 2 or job in servants or _reported(run_dir, job.name) == before[job.name]:
+            fatal.append(code or 1)
         say(
             job.name,
             f"ended with exit code {code}: {'stopping the run' if fatal else 'the other regions go on'}",
         )
         return bool(fatal)
 
-    supervise(jobs, lines, stop, say, on_end, stop_seconds)
+    supervise(jobs, lines, stop, say, on_end, stop_seconds, servants)
     return fatal[0] if fatal else max(job.code or 0 for job in jobs)
 
 
@@ -214,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
     from launch.summary import main as summary  # imports torch, which takes seconds: only once it is needed
 
     print()

@@ -118,9 +118,11 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def child_command(module: str, *arguments: str) -> list[str]:
-    """The command for a Python module, or `torchrun`, that ends with this process."""
-    return [sys.executable, "-u", "-m", "launch.child", str(os.getpid()), module, *arguments]
+def child_command(module: str, *arguments: str, netns: str | None = None) -> list[str]:
+    """The command for a Python module, or `torchrun`, that ends with this process; netns: the file of its network
+    namespace."""
+    place = [] if netns is None else ["--netns", netns]
+    return [sys.executable, "-u", "-m", "launch.child", str(os.getpid()), *place, module, *arguments]
 
 
 def supervise(
@@ -130,15 +132,16 @@ def supervise(
     on_line: Callable[[str, str], None],
     on_end: Callable[[Job], bool],
     stop_seconds: float,
+    servants: Sequence[Job] = (),
 ) -> None:
     """Hands on lines until all jobs have ended, and calls `on_end` once for each that did. When that returns
     True, or when somebody asks for a stop, every job is asked to stop; after `stop_seconds`, or when somebody
-    asks a second time, what is left is killed."""
-    running, deadline = list(jobs), None
+    asks a second time, what is left is killed. Nobody waits for `servants`, but on_end hears of their end, too."""
+    running, serving, deadline = list(jobs), list(servants), None
     while running:
         forward(lines, on_line, wait=0.1)
-        for job in [job for job in running if job.code is not None]:
-            running.remove(job)
+        for job in [job for job in [*running, *serving] if job.code is not None]:
+            (running if job in running else serving).remove(job)
             job.kill()  # what it left behind
             forward(lines, on_line)
             if on_end(job) and deadline is None:
