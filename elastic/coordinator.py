@@ -130,9 +130,10 @@ class Coordinator(threading.Thread):
         return len(self.peers) + 1 < self.machine.wanted()
 
     def meet(self, found: dict[str, str]) -> None:
-        """Dials members ({member: endpoint of rank 0}) that are not connected yet. Any thread."""
+        """Dials members ({member: endpoint of rank 0, empty if it has none}) that are not connected yet. Any thread."""
         for member, endpoint in found.items():
-            if member not in self.peers and member not in self._dialling and member != self.machine.me:
+            known = {*self.peers, *self._dialling, self.machine.me}
+            if endpoint and member not in known:
                 self._dialling.add(member)
                 threading.Thread(target=self._dial, args=(member, endpoint), daemon=True).start()
 

@@ -44,7 +44,16 @@ class ElasticConfig:
     peer_timeout: float = 5.0
     """Seconds of silence on a control connection after which a peer is given up."""
     stall_timeout: float = 30.0
-    """Seconds without a byte of an exchange after which it is given up."""
+    """Seconds of silence after which a peer in an exchange is given up, at most: once its rate is known, by that."""
+    streams: int = 0
+    """TCP streams per pair of ranks; 0: as many as the round trip and the rate ask for."""
+    congestion: str = "bbr"
+    """TCP congestion control of bulk data, if the kernel has it; empty: the kernel's default. Loss-based ones (cubic, reno)
+    collapse at a percent of loss on long links; bbr does not."""
+    gateway: str = ""
+    """HOST:PORT of an `elastic.gateway` through which other regions reach this one's ranks; empty: directly."""
+    dial_only: bool = False
+    """Nobody can dial this region's ranks: they dial the others. Two such regions cannot meet without a gateway."""
 
 
 def host_port(address: str) -> tuple[str, int]:

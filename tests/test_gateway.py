@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 
 from elastic.node import Identity, Node, Refused
 from elastic.wire import Connection, Message
 from tests.e2e.cluster import free_port
-
-
-@contextmanager
-def running(port: int) -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "elastic.gateway", "--bind", f"127.0.0.1:{port}"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[1]
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+from tests.e2e.cluster import gateway as running
 
 
 def node(member: str, rank: int = 0) -> Node:

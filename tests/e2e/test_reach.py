@@ -1,0 +1,27 @@
+"""Regions that cannot be dialled directly: one behind a gateway's single port, one that can only dial out."""
+
+from __future__ import annotations
+
+from tests.e2e.cluster import Cluster, free_port, gateway
+
+
+def test_a_region_behind_a_gateway_and_one_that_only_dials_out(cluster: Cluster) -> None:
+    common = ("outer.sync_every=4", "run.rounds=3", "elastic.start_regions=2", "elastic.min_regions=2")
+    with gateway(free_port()) as address:
+        cluster.start("eu", f"elastic.gateway={address}", *common, nproc=2)
+        cluster.start("us", "elastic.dial_only=true", *common)
+        cluster.until(lambda: cluster.rounds() >= 1)
+        state = cluster.state()
+        assert state is not None
+        endpoints = {member.region: member.endpoints for member in state.members.values()}
+        assert endpoints["us"] == ("",)
+        assert [endpoint.split("/")[0] for endpoint in endpoints["eu"]] == [address, address]
+        cluster.finish()
+    rounds = [[record["digest"] for record in cluster.records(name, "round")] for name in ("eu", "us")]
+    assert len(rounds[0]) == 3 and rounds[0] == rounds[1]
+
+
+def test_a_gateway_that_is_not_there_is_one_sentence(cluster: Cluster) -> None:
+    region = cluster.start("eu", f"elastic.gateway=127.0.0.1:{free_port()}")
+    assert region.wait() == 2
+    assert "elastic.gateway=" in region.text() and "Traceback" not in region.text()
