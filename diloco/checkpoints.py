@@ -19,6 +19,7 @@ from diloco.planes import PLANES, Planes
 from diloco.shards import Select, Shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+RESIDUAL = "residual"
 SHARD = 1 << 24
 """Elements in a file (64 MiB): what a save needs in memory beside the planes, and a request that a store takes whole."""
 
@@ -36,7 +37,14 @@ class Checkpoints:
 
     def save_first(self, planes: Planes) -> str:
         """θ₀, before the run is opened. Returns its prefix."""
-        start = {"rounds": 0, "cursor": 0, "applied": 0, "pool": [], "fragments": [{} for _ in planes.fragments]}
+        start = {
+            "rounds": 0,
+            "cursor": 0,
+            "applied": 0,
+            "dropped": 0,
+            "pool": [],
+            "fragments": [{} for _ in planes.fragments],
+        }
         body = {"seq": 0, "hash": "", "epoch": 0, "counters": start}
         return self._save(f"{self.root}/0", "r", body, _global_pieces(planes))
 
@@ -62,26 +70,29 @@ class Checkpoints:
         """From the checkpoint that the current epoch starts from."""
         self.load(load_manifest(self.store, state.checkpoint), planes)
 
-    # A region's own: local parameters, AdamW's moments, and where its steps stand
+    # A region's own: local parameters, AdamW's moments, error-feedback residual, and where its steps stand
 
-    def save_own(self, name: str, state: State, inner: Inner, progress: dict[str, Any]) -> None:
+    def save_own(self, name: str, state: State, inner: Inner, planes: Planes, progress: dict[str, Any]) -> None:
         """progress: the trainer's own counters (JSON)."""
         body = {"seq": state.seq, "hash": state.hash, "progress": progress}
         root = f"{self.own_root}/{name}"
-        self._save(f"{root}/{state.seq}", "r", body, self._own_pieces(inner))
+        self._save(f"{root}/{state.seq}", "r", body, self._own_pieces(inner, planes))
         self._prune(root)
 
-    def _own_pieces(self, inner: Inner) -> Iterator[Piece]:
+    def _own_pieces(self, inner: Inner, planes: Planes) -> Iterator[Piece]:
         for plane, select in _selections(inner).items():
             for f in range(len(self.shards.fragments)):
                 yield from _cut(plane, f, *self.shards.span(f), self.shards.read(f, select))
+        for f, residual in enumerate(planes.residual or []):
+            yield from _cut(RESIDUAL, f, *self.shards.span(f), residual)
 
     def own(self, name: str) -> Iterator[dict[str, Any]]:
         """Manifests of the region's own planes that load, newest first. Rank 0 asks."""
         return newest(self.store, f"{self.own_root}/{name}", _report)
 
-    def load_own(self, manifest: dict[str, Any], inner: Inner, moments_only: bool) -> None:
-        """Local parameters and AdamW's moments, whatever mesh wrote them; or the moments alone."""
+    def load_own(self, manifest: dict[str, Any], inner: Inner, planes: Planes, moments_only: bool) -> None:
+        """Local parameters, residual (if there is one, there and here) and AdamW's moments, whatever mesh wrote them; or the
+        moments alone."""
         reader = Reader(self.store, manifest)
         inner.materialise()
         for plane, select in _selections(inner).items():
@@ -89,6 +100,10 @@ class Checkpoints:
                 if plane in MOMENTS or not moments_only:
                     self.shards.write(f, reader.read(plane, f, *self.shards.span(f)), select)
         inner.set_updates(manifest["progress"]["adam"])
+        has_residual = any(piece["plane"] == RESIDUAL for shard in manifest["shards"] for piece in shard["pieces"])
+        for f, residual in enumerate(planes.residual or []):
+            if has_residual and not moments_only:
+                residual.copy_(reader.read(RESIDUAL, f, *self.shards.span(f)))
 
     # The bits of rounds, stored before the round is committed. Any thread, any rank
 

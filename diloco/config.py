@@ -28,6 +28,7 @@ from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
 from diloco.tracker import TrackerConfig
 from elastic.lighthouse import ElasticConfig, host_port
+from elastic.tcp import MAX_STREAMS
 
 
 @dataclass
@@ -195,6 +196,7 @@ def validate(cfg: Config, world: int) -> None:
     """Raises ConfigError for anything that cannot work, without touching a socket or a device, or writing a file."""
     _validate_run(cfg)
     _validate_places(cfg)
+    _validate_codec(cfg.codec)
     _validate_outer(cfg)
     tracker.validate(cfg.tracker)
     parallel.validate(cfg.parallel, world)
@@ -203,6 +205,13 @@ def validate(cfg: Config, world: int) -> None:
         host_port(cfg.elastic.lighthouse)
     except ValueError as error:
         raise ConfigError(f"elastic.lighthouse: {error}") from error
+    if cfg.elastic.gateway:
+        try:
+            host_port(cfg.elastic.gateway)
+        except ValueError as error:
+            raise ConfigError(f"elastic.gateway: {error}") from error
+    if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
+        raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
     source = build_source(cfg.data)
     Dataset(source, cfg.inner.seq_len, cfg.data.holdout, cfg.run.seed)
     _validate_model(cfg, source.vocab)
@@ -277,10 +286,30 @@ def _validate_model(cfg: Config, vocab: int) -> None:
         plan(model, cfg.parallel.tp)
 
 
+def _validate_codec(codec: CodecConfig) -> None:
+    if codec.name not in CODECS:
+        raise ConfigError(f"codec.name={codec.name} is not known: set codec to one of {', '.join(CODECS)}")
+    if codec.rounding not in ("nearest", "stochastic"):
+        raise ConfigError(f"codec.rounding={codec.rounding} is not known: set it to nearest or stochastic")
+    if codec.rounding == "stochastic" and codec.name not in ("int8", "int4"):
+        raise ConfigError(
+            f"codec.rounding=stochastic is for codec=int8 and codec=int4, not for codec={codec.name}: set it to nearest"
+        )
+    if not 0 < codec.feedback_decay <= 1:
+        raise ConfigError(
+            f"codec.feedback_decay={codec.feedback_decay} must be above 0 and at most 1: set it to 1 to keep all of the "
+            "residual, or codec.error_feedback=false for none"
+        )
+    if codec.error_feedback and codec.name == "none":
+        raise ConfigError(
+            "codec.error_feedback=true has nothing to do with codec=none, which leaves nothing out: set it to false"
+        )
+    if codec.compile not in ("auto", "always", "never"):
+        raise ConfigError(f"codec.compile={codec.compile} is not known: set it to auto, always or never")
+
+
 def _validate_outer(cfg: Config) -> None:
     outer, elastic = cfg.outer, cfg.elastic
-    if cfg.codec.name not in CODECS:
-        raise ConfigError(f"codec.name={cfg.codec.name} is not known: set codec to one of {', '.join(CODECS)}")
     if outer.boundary not in ("steps", "first"):
         raise ConfigError(f"outer.boundary={outer.boundary} is not known: set it to steps or first")
     if outer.fragments < 1 or outer.sync_every < 1 or outer.sync_every % outer.fragments:
@@ -288,10 +317,23 @@ def _validate_outer(cfg: Config) -> None:
             f"outer.sync_every={outer.sync_every} is not a multiple of outer.fragments={outer.fragments}: fragments sync "
             f"in turn every H / fragments inner steps, so set outer.sync_every to a multiple"
         )
+    _validate_overlap(outer)
     if not 0 <= outer.momentum < 1 or outer.lr <= 0:
         raise ConfigError(f"outer.lr={outer.lr} and outer.momentum={outer.momentum}: set lr > 0 and 0 <= momentum < 1")
     if not elastic.min_regions >= 1 or elastic.start_regions < elastic.min_regions:
         raise ConfigError(
             f"elastic.start_regions={elastic.start_regions} and elastic.min_regions={elastic.min_regions}: "
             "set 1 <= min_regions <= start_regions"
+        )
+
+
+def _validate_overlap(outer: OuterConfig) -> None:
+    if outer.merge not in ("rebase", "mix"):
+        raise ConfigError(f"outer.merge={outer.merge} is not known: set it to rebase or mix")
+    if not 0 <= outer.alpha < 1:
+        raise ConfigError(f"outer.alpha={outer.alpha} would take nothing over from the others: set 0 <= alpha < 1")
+    if not 0 <= outer.max_overlap_steps <= outer.sync_every:
+        raise ConfigError(
+            f"outer.max_overlap_steps={outer.max_overlap_steps} is not between 0 and outer.sync_every={outer.sync_every}: "
+            "a fragment has one exchange at a time, so set it to at most one round's steps"
         )

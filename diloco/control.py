@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -46,6 +48,8 @@ class RunLedger:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self.away = False
+        """The store did not answer when it was last asked."""
         self._rounds_at_start = self.state.rounds
 
     @property
@@ -54,10 +58,21 @@ class RunLedger:
         return self.journal.state
 
     def read(self) -> list[bytes]:
-        return self.journal.read()
+        with self._noticing():
+            return self.journal.read()
 
     def append(self, fields: dict[str, Any]) -> bool:
-        return self.journal.append(fields)
+        with self._noticing():
+            return self.journal.append(fields)
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.away = True
+            raise
+        self.away = False
 
     def view(self) -> rounds.View:
         state = self.state
@@ -78,24 +93,37 @@ class RunLedger:
         return {"kind": "stop", "reason": reason} if reason and self.state.stopped is None else None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Status:
     """Where the main loop stands; rank 0 decides by it."""
 
     since: int
     """Inner steps since this region's last boundary."""
-    in_flight: bool
-    """A snapshot was taken whose round is not decided yet."""
+    overdue: int
+    """Boundaries that are due whatever `since` says."""
+    ages: Mapping[int, int]
+    """Fragment in flight -> inner steps since it was snapshotted."""
     samples: int
     """Samples left in this member's leases."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of this region."""
+
+    batch: int
+    """Samples of an inner step."""
+    overlap: int
+    """Inner steps after a snapshot that need not wait for its round."""
+    local: int
+    """The same while there is nobody to sync with, or the store is away."""
 
 
 class Control:
     """Turns the coordinator's commands and the loop's status into the next order."""
 
-    def __init__(self, coordinator: Coordinator, member: str, batch: int, max_local_steps: int) -> None:
-        self.coordinator, self.member, self.batch = coordinator, member, batch
-        self.max_local_steps = max_local_steps
+    def __init__(self, coordinator: Coordinator, ledger: RunLedger, member: str, limits: Limits) -> None:
+        self.coordinator, self.ledger, self.member, self.limits = coordinator, ledger, member, limits
         self.leaving = ""
         """Set by a signal handler: why this region wants to leave."""
         self.waited = 0.0
@@ -103,8 +131,8 @@ class Control:
         self.alive_at = time.monotonic()
         self._told = False
         self._asks: list[rounds.Ask] = []
-        self._due: tuple[int, int, int] | None = None
-        """(fragment, base, epoch) of the boundary that the coordinator knows of."""
+        self._announced: tuple[int, int, int] | None = None
+        """(fragment, epoch, base) of the boundary that the coordinator knows of."""
 
     def next(self, state: State, status: Status) -> Order:
         self.alive_at = time.monotonic()
@@ -112,18 +140,21 @@ class Control:
             return Order(end=state.stopped or self.leaving)
         if self.member not in state.members:
             return Order(end=f"{self.member} is not a member any more: its region joined again, or its leases expired")
-        self._announce(state, status)
-        may_step = self._may_step(state, status)
-        self._explain(state, waiting=not may_step)
-        commands = self.coordinator.take(0.0 if may_step else 0.5)
-        if not may_step:
+        fragment = self._wanted(state, status)
+        may_step = fragment is None and self._may_step(state, status)
+        busy = may_step or fragment is not None
+        self._explain(state, waiting=not busy)
+        commands = self.coordinator.take(0.0 if busy else 0.5)
+        if not busy:
             self.waited += time.monotonic() - self.alive_at
         self._asks += commands.asks
         if commands.halt is not None:
             return Order(end=commands.halt, clean=False)
         if commands.entries:
             return Order(entries=[data.decode() for data in commands.entries])
-        return self._ask(state, status) or Order(step=may_step)
+        if fragment is not None:
+            return Order(ask=(fragment, state.epoch, state.fragments[fragment].base))
+        return Order(step=may_step)
 
     def _explain(self, state: State, waiting: bool) -> None:
         """Says once why nothing happens: too few regions for a round, or for the run to begin."""
@@ -135,33 +166,54 @@ class Control:
             print(f"{self.member}: waiting for {wanted} regions, here: {here}", flush=True)
         self._told = lonely
 
-    def _announce(self, state: State, status: Status) -> None:
-        """Tells the coordinator, once, that this region reached its boundary."""
-        fragment = state.next_fragment
-        base = state.fragments[fragment].base
-        key = (fragment, base, state.epoch)
-        due = status.since >= state.sync_interval or self._used_up(state, status)
-        if due and not status.in_flight and self._due != key:
-            self._due = key
-            self.coordinator.post(rounds.Due(fragment, base))
+    # Boundaries
 
-    def _used_up(self, state: State, status: Status) -> bool:
-        """No samples are left for another step, although the run has begun."""
-        return state.ledger.cursor > 0 and status.samples < self.batch
+    def _wanted(self, state: State, status: Status) -> int | None:
+        """The fragment to snapshot now. At this region's own boundary it is the one due, without asking anybody first: no
+        other region and no store is on the path of an inner step. With boundary=first it may also be one that a peer asks
+        for, after any step; the first in turn, if there are several."""
+        asked = self._asked(state, status)
+        due = self._due(state, status)
+        if due is not None and due not in status.ages:
+            self._announce(state, due)
+            if due in asked or not self.coordinator.lonely():
+                return due
+        anytime = state.settings.boundary == "first" and (status.since > 0 or status.overdue > 0)
+        return asked[0] if asked and anytime else None
+
+    def _due(self, state: State, status: Status) -> int | None:
+        """Whose boundary has come, if any's has: after H / fragments steps, or because the leases are used up, as a region's
+        are that was left out of several rounds."""
+        used_up = state.ledger.cursor > 0 and status.samples < self.limits.batch and not status.ages
+        here = status.overdue > 0 or status.since >= state.sync_interval or used_up
+        return state.next_fragment(status.ages.keys()) if here else None
+
+    def _announce(self, state: State, fragment: int) -> None:
+        """Tells the coordinator, once, that this region reached its boundary."""
+        key = (fragment, state.epoch, state.fragments[fragment].base)
+        if self._announced != key:
+            self._announced = key
+            self.coordinator.post(rounds.Due(fragment, key[2]))
+
+    def _asked(self, state: State, status: Status) -> list[int]:
+        """Fragments that a proposal waits for, in the order of their turns."""
+        self._asks = [
+            ask
+            for ask in self._asks
+            if (ask.epoch, ask.base) == (state.epoch, state.fragments[ask.fragment].base)
+            and ask.fragment not in status.ages
+        ]
+        return sorted({ask.fragment for ask in self._asks}, key=lambda f: (state.fragments[f].rounds, f))
 
     def _may_step(self, state: State, status: Status) -> bool:
-        limit = state.sync_interval
-        if state.settings.boundary == "first" and self.coordinator.lonely():
-            limit += self.max_local_steps  # nobody to sync with: go on, contribute it all later
-        return not status.in_flight and status.since < limit and status.samples >= self.batch
+        oldest = max(status.ages.values(), default=-1)
+        if status.samples < self.limits.batch:
+            return False
+        if self._cut_off(state):  # go on, and contribute it all later
+            return max(status.since - state.sync_interval, oldest) < self.limits.local
+        return oldest < self.limits.overlap and self._due(state, status) is None
 
-    def _ask(self, state: State, status: Status) -> Order | None:
-        """The oldest snapshot that is wanted and may be taken now: at H steps, or after any with boundary=first; or when
-        the leases are used up, as a region's are that was left out of several rounds."""
-        needed = 1 if state.settings.boundary == "first" else state.sync_interval
-        ready = status.since >= needed or self._used_up(state, status)
-        while self._asks and ready and not status.in_flight:
-            ask = self._asks.pop(0)
-            if (ask.epoch, ask.base) == (state.epoch, state.fragments[ask.fragment].base):
-                return Order(ask=(ask.fragment, ask.epoch, ask.base))
-        return None
+    def _cut_off(self, state: State) -> bool:
+        """No round can be committed, and this region need not keep to exactly H steps."""
+        exact = state.settings.boundary == "steps" and self.limits.overlap == 0
+        return not exact and (self.coordinator.lonely() or self.ledger.away)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from diloco.ledger import Lease, Ledger, Returned
+from diloco.ledger import Lease, Ledger, Returned, still_wanted
 
-PROTOCOL = 1
+PROTOCOL = 2
 Entry = Mapping[str, Any]
 
 
@@ -62,6 +62,8 @@ class Member:
     leases: tuple[Lease, ...]
     seen: int
     """Number of committed rounds when it joined or last contributed."""
+    dropped: int = 0
+    """Samples of its committed rounds that count as dropped."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,19 @@ class State:
         return self.ledger.applied * self.settings.seq_len
 
     @property
-    def next_fragment(self) -> int:
-        return self.rounds % len(self.fragments)
+    def spent(self) -> int:
+        """Tokens that committed rounds were trained on, those dropped by `outer.merge=mix` included: what `run.tokens` and
+        learning-rate schedules go by."""
+        return (self.ledger.applied + self.ledger.dropped) * self.settings.seq_len
+
+    def next_fragment(self, in_flight: Collection[int] = ()) -> int | None:
+        """Whose boundary is next, of a member with these fragments in flight: they take turns. It may be in flight itself:
+        then it has to wait. None: no further round is wanted."""
+        limit = self.settings.rounds
+        if limit is not None and self.rounds + len(in_flight) >= limit:
+            return None
+        turns = [fragment.rounds + (f in in_flight) for f, fragment in enumerate(self.fragments)]
+        return turns.index(min(turns))
 
     @property
     def sync_interval(self) -> int:
@@ -111,7 +124,7 @@ class State:
         limits = self.settings
         if limits.rounds is not None and self.rounds >= limits.rounds:
             return f"run.rounds={limits.rounds} reached"
-        if limits.tokens is not None and self.tokens >= limits.tokens:
+        if limits.tokens is not None and self.spent >= limits.tokens:
             return f"run.tokens={limits.tokens} reached"
         return None
 
@@ -121,15 +134,15 @@ class State:
         cap = self.settings.sync_every * member.samples_per_step * self.settings.seq_len
         return float(min(answer["tokens"], cap))
 
-    def progress(self, own_steps: int, own_tokens: int) -> float:
-        """Share of the run that is done, 0 to 1, with what the asking member did since the last commit: what inner
-        learning-rate schedules are functions of."""
+    def progress(self, own_rounds: float, own_tokens: int) -> float:
+        """Share of the run that is done, 0 to 1: what inner learning-rate schedules are functions of. own_rounds, own_tokens:
+        what the asking member did that is in no committed round yet."""
         limits = self.settings
         done = 0.0
         if limits.rounds:
-            done = (self.rounds + min(own_steps / self.sync_interval, 1.0)) / limits.rounds
+            done = (self.rounds + own_rounds) / limits.rounds
         if limits.tokens:
-            done = max(done, (self.tokens + own_tokens) / limits.tokens)
+            done = max(done, (self.spent + own_tokens) / limits.tokens)
         return min(done, 1.0)
 
 
@@ -168,15 +181,17 @@ def fold(state: State | None, data: bytes) -> State:
 
 
 def _check(state: State) -> None:
-    """What holds after any entry: every sample that was handed out is applied, leased or returned, once."""
-    places = [(x.applied, x.stop) for m in state.members.values() for x in m.leases]
+    """What holds after any entry: every sample that was handed out is applied, dropped, leased or returned, once."""
+    places = [(x.applied, x.stop) for m in state.members.values() for x in m.leases if x.left]
     places = sorted([*places, *((r.start, r.stop) for r in state.ledger.pool)])
-    counts = [state.rounds, state.ledger.cursor, state.ledger.applied, *(n for place in places for n in place)]
+    ledger = state.ledger
+    counts = [state.rounds, ledger.cursor, ledger.applied, ledger.dropped, *(n for place in places for n in place)]
+    counts += [n for fragment in state.fragments for n in (fragment.base, fragment.rounds)]
     if not all(type(n) is int and n >= 0 for n in counts):
         raise ValueError("a count is not a whole number")
     if any(start >= stop for start, stop in places) or any(a[1] > b[0] for a, b in pairwise(places)):
         raise ValueError("ranges of samples overlap")
-    if state.ledger.cursor != state.ledger.applied + sum(stop - start for start, stop in places):
+    if ledger.cursor != ledger.applied + ledger.dropped + sum(stop - start for start, stop in places):
         raise ValueError("the samples do not add up")
 
 
@@ -208,6 +223,8 @@ def _invalid_round(state: State, entry: Entry) -> str | None:
         return f"there is no fragment {entry['fragment']}"
     if entry["base"] != state.fragments[entry["fragment"]].base:
         return f"fragment {entry['fragment']} has moved on from entry {entry['base']}"
+    if state.finished is not None:
+        return state.finished
     if state.ledger.cursor == 0:
         return f"fewer than elastic.start_regions={state.settings.start_regions} members have joined"
     ids = [answer["member"] for answer in entry["answers"]]
@@ -219,6 +236,8 @@ def _invalid_round(state: State, entry: Entry) -> str | None:
             return f"{answer['member']} is not a current member"
         if type(answer["tokens"]) is not int or answer["tokens"] < 0:
             return f"{answer['member']} has no number of tokens"
+        if type(answer.get("dropped", 0)) is not int or answer.get("dropped", 0) < 0:
+            return f"{answer['member']} has no number of dropped samples"
         held, claims = {lease.id: lease for lease in member.leases}, dict(answer["leases"])
         if len(claims) < len(answer["leases"]) or any(
             i not in held or not 0 <= upto <= held[i].stop for i, upto in claims.items()
@@ -284,26 +303,40 @@ def _round(state: State, entry: Entry) -> State:
     )
     state = replace(state, fragments=tuple(fragments), rounds=state.rounds + 1)
     for answer in entry["answers"]:
-        member = state.members[answer["member"]]
-        ledger, leases, _ = state.ledger.apply(member.leases, dict(answer["leases"]))
-        member = replace(member, leases=leases, seen=state.rounds)
-        state = _top_up(replace(state, ledger=ledger, members={**state.members, member.id: member}), member.id)
+        state = _contributed(state, answer)
+    oldest = min(fragment.base for fragment in state.fragments)
+    members = {k: replace(m, leases=still_wanted(m.leases, oldest)) for k, m in state.members.items()}
+    state = replace(state, members=members)
     silent = [m.id for m in state.members.values() if state.rounds - m.seen > state.settings.lease_rounds]
     for member_id in silent:
         state = _end(state, member_id)
     return state
 
 
+def _contributed(state: State, answer: Entry) -> State:
+    """A member's contribution was used: its samples count, and it gets new ones. `dropped` is a running total, so that
+    rounds of several fragments may say it in any order, and each sample is counted once."""
+    member = state.members[answer["member"]]
+    news = max(answer.get("dropped", 0) - member.dropped, 0)
+    ledger, leases, count = state.ledger.apply(member.leases, dict(answer["leases"]), state.seq + 1, news)
+    member = replace(member, leases=leases, seen=state.rounds, dropped=member.dropped + min(news, count))
+    return _top_up(replace(state, ledger=ledger, members={**state.members, member.id: member}), member.id)
+
+
 def _rewind(state: State, entry: Entry) -> State:
     """Parameters, counters and ledger as at the checkpoint; membership as now, with leases granted afresh."""
     counters = entry["counters"]
     ledger = Ledger(
-        counters["cursor"], state.ledger.next_id, counters["applied"], tuple(Returned(*r) for r in counters["pool"])
+        counters["cursor"],
+        state.ledger.next_id,
+        counters["applied"],
+        counters["dropped"],
+        tuple(Returned(*r) for r in counters["pool"]),
     )
     fragments = tuple(FragmentState(**f) for f in counters["fragments"])
     if len(fragments) != len(state.fragments):
         raise JournalError("a rewind names another number of fragments")
-    members = {k: replace(m, leases=(), seen=counters["rounds"]) for k, m in state.members.items()}
+    members = {k: replace(m, leases=(), seen=counters["rounds"], dropped=0) for k, m in state.members.items()}
     state = replace(
         state,
         epoch=state.seq + 1,
@@ -332,6 +365,7 @@ def counters(state: State) -> dict[str, Any]:
         "rounds": state.rounds,
         "cursor": ledger.cursor,
         "applied": ledger.applied,
+        "dropped": ledger.dropped,
         "pool": [[r.region, r.start, r.stop] for r in ledger.pool],
         "fragments": [asdict(f) for f in state.fragments],
     }

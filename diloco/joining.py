@@ -11,15 +11,17 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ckpt.store import Store, StoreError
+from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints
 from diloco.config import Config, store_url
-from diloco.control import Control, Order, RunLedger
+from diloco.control import Control, Limits, Order, RunLedger
 from diloco.errors import ConfigError
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
 from diloco.fragments import digest
@@ -55,10 +57,11 @@ def join(trainer: Trainer, stack: ExitStack) -> None:
     _connect(trainer, store, journal, stack)
     while not restore(trainer, journal, entries):
         pass
-    endpoints = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
-    _become_member(trainer, journal, endpoints)
+    inside = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
+    outside = [e.decode() for e in region.gather_bytes(_published(trainer).encode())]
+    _become_member(trainer, journal, outside)
     if region.rank == 0:
-        _take_control(trainer, journal, endpoints, stack)
+        _take_control(trainer, journal, inside, outside[0], stack)
     trainer.report.open(trainer)
 
 
@@ -116,8 +119,11 @@ def _own(cfg: Config, run: str) -> None:
 # The run
 
 
+def max_local_steps(cfg: Config) -> int:
+    return cfg.elastic.max_local_steps or 4 * cfg.outer.sync_every
+
+
 def settings_of(cfg: Config) -> Settings:
-    max_local = cfg.elastic.max_local_steps or 4 * cfg.outer.sync_every
     return Settings(
         sync_every=cfg.outer.sync_every,
         lr=cfg.outer.lr,
@@ -127,7 +133,7 @@ def settings_of(cfg: Config) -> Settings:
         tokens=cfg.run.tokens,
         seq_len=cfg.inner.seq_len,
         seed=cfg.run.seed,
-        ahead=max_local + cfg.outer.sync_every,
+        ahead=max_local_steps(cfg) + cfg.outer.sync_every + cfg.outer.max_overlap_steps,
         lease_rounds=cfg.elastic.lease_rounds,
         start_regions=cfg.elastic.start_regions,
     )
@@ -211,8 +217,9 @@ def _connect(trainer: Trainer, store: Store, journal: Journal, stack: ExitStack)
     node = Node(_host(cfg))
     stack.callback(node.close)
     node.identity = Identity(state.run, canonical(dict(state.fingerprint)).decode(), member, region.rank)
-    exchanger = Exchanger(node, trainer.averaging, region.rank, cfg.elastic.stall_timeout)
-    recovery.serve(node, trainer.serve_blocks)
+    timing = cfg.elastic.stall_timeout, cfg.elastic.streams, cfg.elastic.congestion
+    exchanger = Exchanger(node, trainer.averaging, region.rank, *timing)
+    recovery.serve(node, partial(serve_blocks, trainer))
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
@@ -230,6 +237,20 @@ def _host(cfg: Config) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing; tells which of our addresses leads there
         return str(probe.getsockname()[0])
+
+
+def _published(trainer: Trainer) -> str:
+    """The endpoint under which other regions dial this rank; empty if they cannot."""
+    elastic, links = trainer.cfg.elastic, trainer.links
+    if not elastic.gateway:
+        return "" if elastic.dial_only else links.node.endpoint
+    try:
+        return links.node.register(elastic.gateway, f"{links.member}.{trainer.region.rank}")
+    except OSError as error:
+        raise ConfigError(
+            f"elastic.gateway={elastic.gateway} does not answer as one ({error}): start it there with python -m "
+            "elastic.gateway"
+        ) from error
 
 
 # Membership
@@ -253,23 +274,25 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> 
         for entry in _spread(trainer, new):
             trainer.apply(entry)
             joined = joined or trainer.links.member in trainer.state.members  # once: who was succeeded stays out
+    trainer.resume_samples()
 
 
-def _take_control(trainer: Trainer, journal: Journal, endpoints: list[str], stack: ExitStack) -> None:
-    """Rank 0: from now on the coordinator's thread owns the journal."""
+def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside: str, stack: ExitStack) -> None:
+    """Rank 0: from now on the coordinator's thread owns the journal. inside: where it reaches its own ranks; outside: where
+    other regions reach it."""
     cfg, links = trainer.cfg, trainer.links
-    ranks = Ranks(links.node, links.exchanger, endpoints)
+    ranks = Ranks(links.node, links.exchanger, inside)
     machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions)
     timing = Timing(cfg.elastic.peer_timeout, cfg.elastic.stall_timeout)
-    links.coordinator = Coordinator(links.node, ranks, RunLedger(journal), machine, timing, digest)
+    ledger = RunLedger(journal)
+    links.coordinator = Coordinator(links.node, ranks, ledger, machine, timing, digest)
     links.journal = journal
-    max_local = trainer.state.settings.ahead - trainer.state.settings.sync_every
-    links.control = Control(links.coordinator, links.member, cfg.inner.batch, max_local)
-    control = links.control
+    limits = Limits(cfg.inner.batch, cfg.outer.max_overlap_steps, max_local_steps(cfg))
+    control = links.control = Control(links.coordinator, ledger, links.member, limits)
     links.membership = Membership(
         cfg.elastic.lighthouse,
         links.member,
-        endpoints[0],
+        outside,
         trainer.state.run,
         lambda: time.monotonic() - control.alive_at < PATIENCE,
         links.coordinator.meet,

@@ -1,6 +1,6 @@
 """Who trains on which samples: leases on ranges of the endless, permuted sample order. Pure.
 
-Indices below `cursor` have been handed out. Always: cursor = applied + leased + returned (`pool`).
+Indices below `cursor` have been handed out. Always: cursor = applied + dropped + leased + returned (`pool`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ class Lease:
     start: int
     stop: int
     applied: int
+    done: int = 0
+    """seq of the round that applied the last of it; 0: some are left."""
 
     @property
     def left(self) -> int:
@@ -37,6 +39,8 @@ class Ledger:
     cursor: int = 0
     next_id: int = 0
     applied: int = 0
+    dropped: int = 0
+    """Samples of committed rounds whose work `outer.merge=mix` threw away."""
     pool: tuple[Returned, ...] = ()
 
     def grant(self, region: str, samples: int) -> tuple[Ledger, tuple[Lease, ...]]:
@@ -63,12 +67,28 @@ class Ledger:
         back = tuple(Returned(region, lease.applied, lease.stop) for lease in leases if lease.left)
         return replace(self, pool=self.pool + back)
 
-    def apply(self, leases: tuple[Lease, ...], used: dict[int, int]) -> tuple[Ledger, tuple[Lease, ...], int]:
-        """Marks samples as applied, once. used: lease id -> index below which the contribution used its samples.
-        Returns the ledger, the leases that still have samples, and how many samples were newly applied."""
-        done = tuple(replace(lease, applied=max(lease.applied, used.get(lease.id, 0))) for lease in leases)
+    def apply(
+        self, leases: tuple[Lease, ...], used: dict[int, int], seq: int, dropped: int = 0
+    ) -> tuple[Ledger, tuple[Lease, ...], int]:
+        """Marks samples as applied by the round at `seq`, once. used: lease id -> index below which the contribution used
+        its samples; dropped: how many of them count as dropped instead, if there are so many. Returns the ledger, the
+        leases, those that are used up among them, and how many samples were new."""
+        done = tuple(_used(lease, used.get(lease.id, 0), seq) for lease in leases)
         count = sum(new.applied - old.applied for new, old in zip(done, leases, strict=True))
-        return replace(self, applied=self.applied + count), tuple(x for x in done if x.left), count
+        lost = min(dropped, count)
+        return replace(self, applied=self.applied + count - lost, dropped=self.dropped + lost), done, count
+
+
+def _used(lease: Lease, upto: int, seq: int) -> Lease:
+    if upto <= lease.applied:
+        return lease
+    return replace(lease, applied=upto, done=seq if upto == lease.stop else 0)
+
+
+def still_wanted(leases: tuple[Lease, ...], oldest: int) -> tuple[Lease, ...]:
+    """Without the used-up leases that no answer can name any more. oldest: the least base of all fragments. An answer names
+    leases that had samples left when its snapshot was taken, and is valid while its fragment's base is older than that."""
+    return tuple(lease for lease in leases if lease.left or lease.done > oldest)
 
 
 class LeaseReader:
@@ -98,6 +118,29 @@ class LeaseReader:
             self.used[lease.id] = end
         return indices
 
+    @property
+    def pending(self) -> int:
+        """Samples that were taken and are in no committed round yet."""
+        return sum(self.used[x.id] - x.applied for x in self._leases)
+
     def claims(self) -> list[list[int]]:
         """[[lease id, used up to]]: what an answer says of the samples behind it."""
         return [[x.id, self.used[x.id]] for x in self._leases if self.used[x.id] > x.applied]
+
+    def ranges(self) -> list[list[int]]:
+        """[[start, stop)] of the samples that were taken and are in no committed round yet."""
+        return [[x.applied, self.used[x.id]] for x in self._leases if self.used[x.id] > x.applied]
+
+    def resume(self, ranges: Iterable[Iterable[int]]) -> bool:
+        """Marks what `ranges` said before a restart as taken. False, and nothing is marked, if these samples are not the
+        first of the leases."""
+        used, missing = {lease.id: lease.start for lease in self._leases}, 0
+        for start, stop in sorted(map(tuple, ranges)):
+            missing += stop - start
+            for lease in self._leases:
+                if start <= used[lease.id] < stop:
+                    missing -= min(stop, lease.stop) - used[lease.id]
+                    used[lease.id] = min(stop, lease.stop)
+        if missing == 0:
+            self.used = used
+        return missing == 0

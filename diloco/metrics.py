@@ -110,6 +110,10 @@ class RoundRecord:
     """2-norm of the averaged pseudo-gradient."""
     digest: str
     """Of the fragment's parameters after the outer step, hex: the same in every region."""
+    overlap: int = 0
+    """Inner steps between this region's snapshot and its merge; 0 also if the round does not hold its contribution."""
+    dropped: int = 0
+    """Tokens that count as dropped in this round (`outer.merge=mix`), of all members."""
 
 
 @dataclass(frozen=True)
@@ -222,22 +226,23 @@ def step_line(r: StepRecord) -> str:
 
 def round_line(r: RoundRecord) -> str:
     """`round 3/12 | fragment 1/2 | eu_1, us_2 | 65.5k tokens | up 1.10 MB, down 1.09 MB | exchange 0.12 s |
-    waiting 3 % | pseudo-gradient 0.1234 | digest 0123456789ab`; the fragment counts from 1 here, for
-    people."""
+    overlap 3 steps | waiting 3 % | pseudo-gradient 0.1234 | digest 0123456789ab`; the fragment counts from 1 here,
+    for people."""
     of = f"/{r.rounds}" if r.rounds is not None else ""
-    return " | ".join(
-        [
-            f"round {r.round}{of}",
-            f"fragment {r.fragment + 1}/{r.fragments}",
-            ", ".join(r.members),
-            f"{count(r.tokens)} tokens",
-            f"up {size(r.bytes_up)}, down {size(r.bytes_down)}",
-            f"exchange {r.exchange_seconds:.2f} s",
-            f"waiting {100 * r.waiting:.0f} %",
-            f"pseudo-gradient {r.norm:.4g}",
-            f"digest {r.digest[:12]}",
-        ]
-    )
+    parts = [
+        f"round {r.round}{of}",
+        f"fragment {r.fragment + 1}/{r.fragments}",
+        ", ".join(r.members),
+        f"{count(r.tokens)} tokens",
+        f"{count(r.dropped)} tokens dropped" if r.dropped else "",
+        f"up {size(r.bytes_up)}, down {size(r.bytes_down)}",
+        f"exchange {r.exchange_seconds:.2f} s",
+        f"overlap {r.overlap} steps" if r.overlap else "",
+        f"waiting {100 * r.waiting:.0f} %",
+        f"pseudo-gradient {r.norm:.4g}",
+        f"digest {r.digest[:12]}",
+    ]
+    return " | ".join(part for part in parts if part)
 
 
 def eval_line(r: EvalRecord) -> str:

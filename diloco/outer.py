@@ -27,6 +27,14 @@ class OuterConfig:
     boundary: str = "steps"
     """steps: everyone contributes exactly H inner steps; first: whoever gets to H first opens, the others contribute
     what they have."""
+    max_overlap_steps: int = 0
+    """Inner steps that a region takes while the round of its snapshot is under way, before it waits; 0: it waits at every
+    boundary. Streaming DiLoCo (arXiv 2501.18512) finds up to 5 harmless."""
+    merge: str = "rebase"
+    """rebase: x <- theta' + (x - s), what the region did since its snapshot s stays; mix: x <- alpha x + (1 - alpha) theta',
+    as in Streaming DiLoCo, which drops 1 - alpha of it."""
+    alpha: float = 0.5
+    """Of merge=mix: the share of the local parameters that stays."""
 
 
 def weighted_mean(contributions: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -82,14 +82,14 @@ class Reporter:
         """One inner step, which took `seconds`."""
         self._nll.append(stats.nll)
         self._seconds += seconds
-        if trainer.steps % self.cfg.run.report_every or self.metrics is None:
+        if trainer.clock.steps % self.cfg.run.report_every or self.metrics is None:
             return
         progress = trainer.progress()
         loss = sum(float(nll) for nll in self._nll) / len(self._nll)
         rate = len(self._nll) * trainer.tokens_per_step / max(self._seconds, 1e-9)
         peak = peak_flops(_device_name(self.region))
         record = StepRecord(
-            trainer.steps,
+            trainer.clock.steps,
             self._total_steps(trainer),
             progress,
             loss,
@@ -111,13 +111,17 @@ class Reporter:
         state = trainer.state
         if state.settings.rounds is None:
             return None
-        return trainer.steps - trainer.since + (state.settings.rounds - state.rounds) * state.sync_interval
+        stamps = [snapshot.stamp for snapshot in trainer.snapshots.values()]
+        to_come = state.settings.rounds - state.rounds - trainer.clock.own_rounds(stamps, state.sync_interval)
+        return trainer.clock.steps + round(to_come * state.sync_interval)
 
     def _eta(self, progress: float) -> float | None:
         done = progress - self._progress_at_start
         return None if done <= 0 else (time.monotonic() - self._started) * (1 - progress) / done
 
-    def round(self, trainer: Trainer, before: State, entry: dict[str, Any], norm: float, digest: str) -> None:
+    def round(
+        self, trainer: Trainer, before: State, entry: dict[str, Any], norm: float, digest: str, overlap: int
+    ) -> None:
         links, now = trainer.links, time.monotonic()
         if self.metrics is None or links.coordinator is None or links.control is None:
             return
@@ -133,13 +137,15 @@ class Reporter:
             len(state.fragments),
             tuple(answer["member"] for answer in entry["answers"]),
             state.tokens - before.tokens,
-            trainer.steps,
+            trainer.clock.steps,
             sum(outcome.sent for outcome in outcomes),
             sum(outcome.received for outcome in outcomes),
             max((outcome.seconds for outcome in outcomes), default=0.0),
             min(waited, 1.0),
             norm,
             digest,
+            overlap,
+            (state.ledger.dropped - before.ledger.dropped) * state.settings.seq_len,
         )
         self.metrics.record(record)
         print(round_line(record), flush=True)

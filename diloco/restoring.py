@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ckpt.checkpoint import DamagedError, verify
+from diloco.bits import bits_of
 from diloco.checkpoints import Checkpoints
 from diloco.errors import ConfigError
-from diloco.fold import State, entry_hash, fold
+from diloco.fold import State, entry_hash, fold, fold_all
 from diloco.journal import Journal
 from diloco.parallel import on_rank_0
 from diloco.trainer import Trainer
@@ -33,8 +34,8 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
         return False
     if (manifest := choice["manifest"]) is not None:
         links.checkpoints.load(manifest, trainer.planes)
-        for entry in _rounds_after(entries, max(manifest["seq"], trainer.state.epoch)):
-            trainer.outer_step(entry, trainer.fetch_bits(entry))
+        for before, entry in _rounds_after(entries, max(manifest["seq"], trainer.state.epoch)):
+            trainer.outer_step(before, entry, bits_of(trainer, entry))
             trainer.stored[entry["seq"]] = entry["attempt"]
     trainer.adopt()
     _restore_own(trainer, choice["own"], choice["exact"])
@@ -45,14 +46,22 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
     return True
 
 
-def _rounds_after(entries: list[bytes], seq: int) -> list[dict[str, Any]]:
-    return [entry for entry in map(json.loads, entries[seq + 1 :]) if entry["kind"] == "round"]
+def _rounds_after(entries: list[bytes], seq: int) -> list[tuple[State, dict[str, Any]]]:
+    """The rounds after entry `seq`, each with the state that it was committed on."""
+    state, found = fold_all(entries[: seq + 1]), []
+    for data in entries[seq + 1 :]:
+        entry = json.loads(data)
+        assert state is not None
+        if entry["kind"] == "round":
+            found.append((state, entry))
+        state = fold(state, data)
+    return found
 
 
 def _restore_own(trainer: Trainer, own: dict[str, Any] | None, exact: bool) -> None:
     """The region's own inner state. exact: no round was committed since, so local parameters and counters hold, too."""
     if own is not None:
-        trainer.links.checkpoints.load_own(own, trainer.inner, moments_only=not exact)
+        trainer.links.checkpoints.load_own(own, trainer.inner, trainer.planes, moments_only=not exact)
         if exact:
             trainer.resume_from(own["progress"])
 
@@ -77,7 +86,7 @@ def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[st
             )
         since = _rounds_after(entries, max(manifest["seq"], state.epoch))
         blocks = [fragment.blocks for fragment in trainer.fragments]
-        if not all(checkpoints.has_bits(entry["attempt"], blocks[entry["fragment"]]) for entry in since):
+        if not all(checkpoints.has_bits(entry["attempt"], blocks[entry["fragment"]]) for _, entry in since):
             choice["entries"] = _go_back(trainer.links.member, journal, manifest, len(since))
     return choice
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ckpt.store import Store, StoreError
 from diloco.averaging import Averaging
+from diloco.bits import bits_of
 from diloco.checkpoints import Checkpoints
-from diloco.codec import CODECS
+from diloco.clock import Clock
+from diloco.codec import build_codec, compiles
 from diloco.config import Config, build_module, load
 from diloco.control import Control, Order, Status
 from diloco.data import Dataset, build_source
@@ -25,8 +27,9 @@ from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner
 from diloco.journal import Journal
 from diloco.ledger import LeaseReader
+from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
 from diloco.parallel import Region, layer_of, parallelize
-from diloco.planes import Planes
+from diloco.planes import Bits, Planes
 from diloco.report import Reporter
 from diloco.shards import Shards
 from elastic import rounds
@@ -34,19 +37,6 @@ from elastic.coordinator import Coordinator
 from elastic.exchange import Exchanger
 from elastic.lighthouse import Membership
 from elastic.node import Node
-from elastic.recovery import fetch
-
-
-@dataclass
-class Snapshot:
-    """What this region put into a round that is not decided yet. flat: local parameters then, this rank's slice."""
-
-    key: tuple[int, int, int]
-    flat: Tensor
-    at: int
-    """The region's inner steps then."""
-    steps: int
-    tokens: int
 
 
 @dataclass
@@ -80,21 +70,21 @@ class Trainer:
         self.inner = Inner(cfg.inner, self.model, load_loss(cfg), region)
         self.shards = Shards(self.model, self.fragments, region)
         slices = [self.shards.blocks(f.index) for f in self.fragments]
-        self.planes = Planes(self.fragments, slices)
-        self.averaging = Averaging(self.fragments, CODECS[cfg.codec.name])
+        self.planes = Planes(self.fragments, slices, cfg.codec.error_feedback)
+        self.averaging = build_averaging(cfg, self.planes)
         self.reader = LeaseReader()
         self.report = Reporter(cfg, region, self.source.bytes_per_token)
-        self.snapshot: Snapshot | None = None
-        self.steps = 0
-        """Inner steps of this region in this run."""
-        self.since = 0
-        """Inner steps since the last boundary."""
-        self.work = [[0, 0] for _ in self.fragments]
-        """[steps, tokens] of each fragment since its last contribution that was used."""
+        self.clock = Clock(len(self.fragments))
+        self.snapshots: dict[int, Snapshot] = {}
+        """Fragment -> what this region put into its round, which is in flight."""
         self.stored: dict[int, str] = {}
         """seq -> attempt of the rounds whose bits may be in the store."""
         self.at_theta: set[int] = set()
         """Fragments whose local parameters equal theta."""
+        self.taken: list[list[int]] = []
+        """Before the first leases after a restart: ranges of samples that the local parameters have seen already."""
+        self._digests: dict[tuple[str, int], tuple[int, str]] = {}
+        """(plane, fragment) -> (base, digest) that was computed last."""
 
     @property
     def parameters(self) -> int:
@@ -130,7 +120,8 @@ class Trainer:
         """Rank 0's decision, broadcast: inside a region nobody has an opinion of his own."""
         data = None
         if self.links.control is not None:
-            status = Status(self.since, self.snapshot is not None, self.reader.available())
+            ages = {f: self.clock.steps - snapshot.stamp.at for f, snapshot in self.snapshots.items()}
+            status = Status(self.clock.since, self.clock.overdue, ages, self.reader.available())
             data = self.links.control.next(self.state, status).encode()
         return Order.decode(self.region.broadcast_bytes(data))
 
@@ -138,13 +129,10 @@ class Trainer:
         indices = self.reader.take(self.cfg.inner.batch)
         mine = self.cfg.inner.batch // self.region.dp
         tokens = self.dataset.batch(indices[self.region.dp_rank * mine : (self.region.dp_rank + 1) * mine])
-        self.since, self.steps = self.since + 1, self.steps + 1
+        self.clock.step(self.tokens_per_step)
         begin = time.monotonic()
         stats = self.inner.step(tokens, self.progress())
         self.report.step(self, stats, time.monotonic() - begin)
-        for work in self.work:
-            work[0] += 1
-            work[1] += self.tokens_per_step
         self.at_theta.clear()
 
     @property
@@ -152,122 +140,113 @@ class Trainer:
         return self.cfg.inner.batch * self.cfg.inner.seq_len
 
     def progress(self) -> float:
-        return self.state.progress(self.since, self.since * self.tokens_per_step)
+        """Share of the run that is done: committed rounds and tokens, and this region's own since."""
+        stamps = [snapshot.stamp for snapshot in self.snapshots.values()]
+        ahead = self.clock.own_rounds(stamps, self.state.sync_interval)
+        return self.state.progress(ahead, self.reader.pending * self.cfg.inner.seq_len)
 
     # A round
 
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
-        """Snapshots the fragment, offers the encoded pseudo-gradient to the exchange, and answers. Collective."""
-        flat = self.shards.read(fragment)
+        """A boundary: snapshots the fragment, offers the pseudo-gradient to the exchange, and answers. Collective."""
+        key, flat, theta = (epoch, fragment, base), self.shards.read(fragment), self.planes.theta[fragment]
+        residual = self.planes.residual[fragment] if self.planes.residual else None
+        seed = rounding_seed(self.cfg.run.seed, fragment, self.state.fragments[fragment].rounds, self.cfg.region.name)
         blocks = self.planes.slices[fragment]
-        encoded, squares = self.averaging.encode_difference(fragment, *blocks, self.planes.theta[fragment], flat)
-        norm = math.sqrt(self.region.all_reduce_sum(squares).item())
+        contribution = self.averaging.contribution(fragment, *blocks, theta, flat, residual, seed)
+        norm = math.sqrt(self.region.all_reduce_sum(contribution.squares()).item())
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"fragment {fragment} has parameters that are not finite: this region diverged and sends nothing; lower "
                 "inner.lr, or restart it to go on from the run's parameters"
             )
-        key = (epoch, fragment, base)
-        self.links.exchanger.offer(key, encoded)
-        steps, tokens = self.work[fragment]
-        self.snapshot, self.since = Snapshot(key, flat, self.steps, steps, tokens), 0
+        self.links.exchanger.offer(key, contribution)
+        stamp = self.clock.snapshot(fragment, self.state.sync_interval)
+        self.snapshots[fragment] = Snapshot(key, flat, contribution, stamp)
         answer = {
-            "tokens": tokens,
-            "steps": steps,
+            "tokens": stamp.tokens,
+            "steps": stamp.steps,
             "norm": norm,
             "theta": self.digest("theta", fragment),
             "momentum": self.digest("momentum", fragment),
             "leases": self.reader.claims(),
+            "dropped": int(self.clock.dropped),
         }
         if self.links.coordinator is not None:
             self.links.coordinator.post(rounds.Answered(fragment, epoch, base, answer))
 
     def digest(self, plane: str, fragment: int) -> str:
-        """Of a whole plane, from the ranks' block digests. Collective."""
-        return digest(b"".join(self.region.gather_bytes(self.planes.digests(plane, fragment))))
+        """Of a whole plane, from the ranks' block digests; computed once a round. Collective."""
+        base, known = self.planes.bases[fragment], self._digests.get((plane, fragment))
+        if known is None or known[0] != base:
+            blocks = self.region.gather_bytes(self.planes.digests(plane, fragment))
+            known = self._digests[plane, fragment] = base, digest(b"".join(blocks))
+        return known[1]
 
     def apply(self, data: bytes) -> None:
         """The journal moved by one entry. Collective."""
         before, self.state = self.state, fold(self.state, data)
+        if self.links.member in self.state.members:
+            self.reader.update(self.state.members[self.links.member].leases)
         entry = json.loads(data)
         if entry["kind"] == "round":
             self.merge(before, entry)
         elif entry["kind"] == "rewind":
             self.reset()
-        if self.links.member in self.state.members:
-            self.reader.update(self.state.members[self.links.member].leases)
 
     def merge(self, before: State, entry: dict[str, Any]) -> None:
         """A committed round: the outer step, and what is due after it."""
-        self.stored[entry["seq"]] = entry["attempt"]
-        if self.planes.bases[entry["fragment"]] >= entry["seq"]:
+        f, seq = entry["fragment"], entry["seq"]
+        self.stored[seq] = entry["attempt"]
+        if self.planes.bases[f] >= seq:
             return  # these planes came from a peer or a checkpoint that had it already
-        squares = self.combine(entry)  # a scope of its own: the snapshot is gone when others need the memory
-        self.after_round(before, entry, squares)
-
-    def combine(self, entry: dict[str, Any]) -> Tensor:
-        """The outer step, and x <- theta' + p with p = x - s if my contribution was used, x - b if not (b, my base, is the
-        theta before the step): what I did since is neither lost nor counted twice. Returns what `outer_step` does."""
-        f = entry["fragment"]
-        key = (entry["epoch"], f, entry["base"])
-        snapshot = self.snapshot if self.snapshot is not None and self.snapshot.key == key else None
+        snapshot = self.snapshots.pop(f, None)
         used = snapshot if self.links.member in [answer["member"] for answer in entry["answers"]] else None
-        bits = self.links.exchanger.result(entry["attempt"])
-        if bits is None:
-            bits = self.fetch_bits(entry)
-        idle = used is not None and used.at == self.steps
-        progress = None if idle else self.shards.read(f).sub_(used.flat if used else self.planes.theta[f])
-        squares = self.outer_step(entry, bits)
-        theta = self.planes.theta[f]
-        self.shards.write(f, theta if progress is None else progress.add_(theta))
         if used is not None:
-            self.work[f] = [self.work[f][0] - used.steps, self.work[f][1] - used.tokens]
-        else:
-            self.since = 0  # counted from the last merge
-        if idle:
+            self.settle(f, used)
+        elif snapshot is None:
+            self.clock.missed()
+        squares = self.combine(before, entry, used)
+        self.links.exchanger.decided((entry["epoch"], f, entry["base"]))
+        overlap = 0 if used is None else self.clock.steps - used.stamp.at
+        del snapshot, used  # its memory is wanted below
+        self.after_round(before, entry, squares, overlap)
+
+    def settle(self, fragment: int, used: Snapshot) -> None:
+        """The round holds this region's contribution: what is left for the next one."""
+        self.clock.used(fragment, used.stamp)
+        if self.planes.residual:
+            used.contribution.update_residual()
+        if self.cfg.outer.merge == "mix":
+            # Of the steps since, this share of the parameters loses this share of the work.
+            share = (1 - self.cfg.outer.alpha) * self.fragments[fragment].elements / self.parameters
+            self.clock.dropped += share * (self.clock.steps - used.stamp.at) * self.cfg.inner.batch
+
+    def combine(self, before: State, entry: dict[str, Any], used: Snapshot | None) -> Tensor:
+        """The outer step, and the merge of theta' into the local parameters. A contribution that was not used is always
+        rebased: mixing would lose it. Returns what `outer_step` does."""
+        f, bits = entry["fragment"], bits_of(self, entry)
+        theta = self.planes.theta[f]
+        if used is not None and self.cfg.outer.merge == "mix":
+            squares = self.outer_step(before, entry, bits)
+            self.shards.write(f, mix(self.shards.read(f), theta, self.cfg.outer.alpha))
+        elif used is not None and used.stamp.at == self.clock.steps:
+            squares = self.outer_step(before, entry, bits)
+            self.shards.write(f, theta)
             self.at_theta.add(f)
-        self.snapshot = None if snapshot is not None else self.snapshot
-        self.links.exchanger.decided(key)
+        else:
+            mine = progress(self.shards.read(f), theta if used is None else used.flat)
+            squares = self.outer_step(before, entry, bits)
+            self.shards.write(f, rebase(theta, mine))
         return squares
 
-    def outer_step(self, entry: dict[str, Any], bits: Tensor) -> Tensor:
-        """Theta and momentum after a round, from its bits in this rank's slice. Returns the sum of the squares of the
-        averaged pseudo-gradient there."""
-        f, settings = entry["fragment"], self.state.settings
-        first, last = self.planes.slices[f]
-        gradients = self.averaging.decode_runs(f, first, last, bits)
-        return self.planes.step(f, entry["seq"], gradients, settings.lr, settings.momentum, bits)
-
-    def fetch_bits(self, entry: dict[str, Any]) -> Tensor:
-        """This rank's slice of a committed round that it took no part in: from a member, else from the store. Raises
-        OSError if nobody has it. Collective."""
-        f = entry["fragment"]
-        donors = [m.endpoints for m in self.state.members.values() if m.id != self.links.member]
-        blocks, (first, last) = self.fragments[f].blocks, self.planes.slices[f]
-        bits: Tensor | None
-        try:
-            pieces = fetch(self.links.node, donors, blocks, f"bits/{entry['seq']}", f, first, last)
-            bits = torch.cat([torch.empty(0, dtype=torch.uint8), *(piece.data for piece in pieces)])
-        except OSError:
-            size = partial(self.averaging.size, f)
-            bits = self.links.checkpoints.load_bits(entry["attempt"], first, last, size)
-        digests = b"" if bits is None else self.averaging.digests(f, first, last, bits)
-        whole = digest(b"".join(self.region.gather_bytes(digests)))
-        if bits is None or whole != entry["digest"]:
-            raise OSError(f"the bits of journal entry {entry['seq']} are neither with a member nor in the store")
-        return bits
-
-    def serve_blocks(self, plane: str, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
-        """What other members fetch: blocks of theta or momentum, or the bits of a recent round."""
-        if not plane.startswith("bits/"):
-            return self.planes.read(plane, fragment, first, last)
-        seq = int(plane.removeprefix("bits/"))
-        of, bits = self.planes.bits.get(seq, (-1, torch.empty(0)))
-        mine = self.planes.slices[fragment]
-        if of != fragment or not mine[0] <= first <= last <= mine[1]:
-            return None
-        begin = self.averaging.size(fragment, mine[0], first)
-        return seq, bits[begin : begin + self.averaging.size(fragment, first, last)]
+    def outer_step(self, before: State, entry: dict[str, Any], bits: Bits) -> Tensor:
+        """Theta and momentum after a round, from its bits in this rank's slice. before: the state that it was committed on.
+        Returns the sum of the squares of the averaged pseudo-gradient there."""
+        first, last = self.planes.slices[bits.fragment]
+        weights = [before.weight(answer) for answer in entry["answers"]]
+        gradients = self.averaging.decode_runs(bits.fragment, first, last, bits.data, weights)
+        return self.planes.step(entry["seq"], bits, gradients, before.settings.lr, before.settings.momentum)
 
     def reset(self) -> None:
         """Everything as at the checkpoint that the epoch starts from; AdamW's moments afresh. Collective."""
@@ -276,25 +255,45 @@ class Trainer:
         self.adopt()
 
     def adopt(self) -> None:
-        """x <- theta in all fragments, nothing in flight, fresh moments. Collective."""
+        """x <- theta in all fragments, nothing in flight, fresh moments and residual. Collective."""
+        self.take_theta()
+        self.inner.optimizer.state.clear()
+        self.inner.materialise()
+        self.planes.forget_residual()
+
+    def take_theta(self) -> None:
+        """x <- theta in all fragments; what this region did since is gone. Collective."""
         for f in range(len(self.fragments)):
             self.shards.write(f, self.planes.theta[f])
         self.at_theta = set(range(len(self.fragments)))
-        self.inner.optimizer.state.clear()
-        self.inner.materialise()
-        self.snapshot, self.since = None, 0
-        self.work = [[0, 0] for _ in self.fragments]
+        self.snapshots.clear()
+        self._digests.clear()
+        self.clock.start_over()
 
     def resume_from(self, progress: dict[str, Any]) -> None:
         """The counters that `save` wrote with this region's own planes."""
-        self.steps, self.since, self.work = progress["steps"], progress["since"], progress["work"]
+        self.clock.load(progress["clock"])
         self.at_theta = set(progress["at_theta"])
+        self.taken = progress["taken"]
 
-    def after_round(self, before: State, entry: dict[str, Any], squares: Tensor) -> None:
-        """Report, evaluate and save what is due. Collective."""
+    def resume_samples(self) -> None:
+        """After a restart, with the first leases: the samples that the local parameters have seen are not trained on again.
+        If other samples come first now, that work is given up instead. Collective."""
+        if not self.reader.resume(self.taken):
+            self.take_theta()
+            if self.region.rank == 0:
+                print(
+                    f"{self.links.member}: another region has the samples that its uncommitted steps were made of: going on "
+                    "from the run's parameters",
+                    flush=True,
+                )
+        self.taken = []
+
+    def after_round(self, before: State, entry: dict[str, Any], squares: Tensor, overlap: int) -> None:
+        """Report, evaluate and save what is due. overlap: inner steps since this region's snapshot for it. Collective."""
         f, rounds_done = entry["fragment"], self.state.rounds
         norm = math.sqrt(self.region.all_reduce_sum(squares).item())
-        self.report.round(self, before, entry, norm, self.digest("theta", f))
+        self.report.round(self, before, entry, norm, self.digest("theta", f), overlap)
         ending = self.state.finished is not None
         if ending or (self.cfg.run.eval_every and rounds_done % self.cfg.run.eval_every == 0):
             self.evaluate()
@@ -324,9 +323,14 @@ class Trainer:
 
     def _save(self, mine: bool) -> None:
         checkpoints = self.links.checkpoints
-        progress = {"steps": self.steps, "since": self.since, "work": self.work, "adam": self.inner.updates}
-        progress["at_theta"] = sorted(self.at_theta)
-        checkpoints.save_own(self.cfg.region.name, self.state, self.inner, progress)
+        counted = self.state.members[self.links.member].dropped
+        progress = {
+            "clock": self.clock.save(len(self.snapshots), counted),
+            "taken": self.reader.ranges(),
+            "at_theta": sorted(self.at_theta),
+            "adam": self.inner.updates,
+        }
+        checkpoints.save_own(self.cfg.region.name, self.state, self.inner, self.planes, progress)
         if mine:
             prefix = checkpoints.save(self.planes, self.state, self.links.member)
             self.report.saved(prefix, self.state.seq)
@@ -340,6 +344,15 @@ def build_model(cfg: Config, region: Region, vocab: int) -> torch.nn.Module:
     model = build_module(cfg, vocab)
     plan = load(cfg.model.plan, "model.plan") if cfg.model.plan else None
     return parallelize(model, region, cfg.parallel, plan)
+
+
+def build_averaging(cfg: Config, planes: Planes) -> Averaging:
+    """With the codec compiled, if that is worth it for this rank's slices."""
+    averaging = Averaging(planes.fragments, build_codec(cfg.codec), cfg.codec.feedback_decay)
+    worth_it = compiles(cfg.codec, sum(theta.numel() for theta in planes.theta))
+    if worth_it and (reason := averaging.warm(cfg.codec.error_feedback)):
+        print(f"{cfg.region.name}: {reason}", flush=True)
+    return averaging
 
 
 def load_loss(cfg: Config) -> Any:

@@ -1,10 +1,13 @@
 """`diloco.train` that also writes down, per round and rank, the local parameters it put in and the planes it got out.
 
-RECORD names the directory; files are <region>/<seq>-<fragment>-r<rank>-{local,theta,momentum}.npy, flat slices.
+RECORD names the directory; files are <region>/<seq>-<fragment>-r<rank>-<what>.npy, flat slices: local (the snapshot), before
+and after (local parameters around the merge), theta and momentum (after it), residual (if there is one); and samples.jsonl,
+one [inner step, sample indices] a line. SLOW makes every exchange take as many inner steps, unless the region waits for it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,25 +16,71 @@ import numpy as np
 from torch import Tensor
 
 from diloco import train, trainer
+from diloco.control import Order
 from diloco.fold import State
+from elastic.coordinator import Commands
 
 
 class Recorded(trainer.Trainer):
-    def _record(self, seq: int, fragment: int, what: str, flat: Tensor) -> None:
+    def train(self) -> Order:
+        if self.links.coordinator is not None:
+            self._slow_down(int(os.environ.get("SLOW", 0)))
+            self._record_samples()
+        return super().train()
+
+    @property
+    def _directory(self) -> Path:
         directory = Path(os.environ["RECORD"]) / self.cfg.region.name
         directory.mkdir(parents=True, exist_ok=True)
-        np.save(directory / f"{seq}-{fragment}-r{self.region.rank}-{what}.npy", flat.numpy())
+        return directory
+
+    def _record_samples(self) -> None:
+        take, file = self.reader.take, (self._directory / "samples.jsonl").open("a", buffering=1)
+
+        def recorded_take(count: int) -> list[int]:
+            indices = take(count)
+            file.write(json.dumps([self.clock.steps + 1, indices]) + "\n")
+            return indices
+
+        self.reader.take = recorded_take  # type: ignore[method-assign]
+
+    def _slow_down(self, steps: int) -> None:
+        """The coordinator hears of the end of an exchange later than it was."""
+        coordinator = self.links.coordinator
+        assert coordinator is not None
+        hear, take, ended = coordinator.ranks.on_outcome, coordinator.take, []
+
+        def slow_take(timeout: float = 0.0) -> Commands:
+            waiting = timeout > 0
+            for at, rank, outcome in list(ended):
+                if waiting or self.clock.steps >= at + steps:
+                    waiting = False  # for the first of them
+                    ended.remove((at, rank, outcome))
+                    hear(rank, outcome)
+            return take(min(timeout, 0.05))
+
+        coordinator.ranks.on_outcome = lambda rank, outcome: ended.append((self.clock.steps, rank, outcome))
+        coordinator.take = slow_take  # type: ignore[method-assign]
+
+    def _record(self, seq: int, fragment: int, what: str, flat: Tensor) -> None:
+        path = self._directory / f"{seq}-{fragment}-r{self.region.rank}-{what}.npy"
+        np.save(path.with_suffix(".part.npy"), flat.numpy())
+        path.with_suffix(".part.npy").rename(path)
 
     def merge(self, before: State, entry: dict[str, Any]) -> None:
         f, seq = entry["fragment"], entry["seq"]
         if before.rounds == 0:
             for g in range(len(self.fragments)):
                 self._record(0, g, "theta", self.planes.theta[g])
-        if self.snapshot is not None:
-            self._record(seq, f, "local", self.snapshot.flat)
+        if f in self.snapshots:
+            self._record(seq, f, "local", self.snapshots[f].flat)
+        self._record(seq, f, "before", self.shards.read(f))
         super().merge(before, entry)
+        self._record(seq, f, "after", self.shards.read(f))
         self._record(seq, f, "theta", self.planes.theta[f])
         self._record(seq, f, "momentum", self.planes.momentum[f])
+        if self.planes.residual is not None:
+            self._record(seq, f, "residual", self.planes.residual[f])
 
 
 if __name__ == "__main__":

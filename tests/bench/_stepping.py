@@ -1,0 +1,115 @@
+"""A process in a namespace of the WAN lab that takes real inner steps, exchanges in the background, or does both at a time:
+started by tests.bench.overlap. Reads commands as JSON lines, answers each with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import torch
+
+from diloco.averaging import Averaging
+from diloco.codec import CodecConfig, build_codec
+from diloco.data import Dataset, build_source
+from diloco.fragments import Fragment, Slot
+from diloco.inner import Inner
+from diloco.parallel import open_region
+from diloco.train import compose_config
+from diloco.trainer import build_model, load_loss
+from elastic.attempt import Order, Outcome, Party
+from elastic.exchange import Exchanger
+from elastic.node import Identity, Node
+from elastic.plan import ownership
+from tests.bench._paced import cpu_seconds
+
+
+class Worker:
+    """A member of exchanges between two, and a model to train meanwhile."""
+
+    def __init__(self, me: int, address: str, elements: int) -> None:
+        self.me, self.node = me, Node(address)
+        self.node.identity = Identity("bench", "{}", f"m_{me}")
+        self.delta = torch.randn(elements, generator=torch.Generator().manual_seed(me))
+        self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),))], build_codec(CodecConfig("int8")))
+        self.averaging.warm(feedback=False)
+        self.exchanger = Exchanger(self.node, self.averaging, 0, 60.0)
+        self.exchanger.on_outcome = self.end
+        self.ended = threading.Condition()
+        self.outcomes: dict[str, Outcome] = {}
+        self.zeros = torch.zeros(elements)
+
+    def end(self, outcome: Outcome) -> None:
+        with self.ended:
+            self.outcomes[outcome.attempt] = outcome
+            self.ended.notify_all()
+
+    def exchange(self, members: list[list[Any]], names: list[str]) -> dict[str, Any]:
+        """One after the other. members: [number, endpoint] of each; names: of the attempts, the same at both ends."""
+        parties = tuple(Party(f"m_{number}", (endpoint,), 1.0) for number, endpoint in members)
+        place = [number for number, _ in members].index(self.me)
+        begin, (cpu, _), sent = time.monotonic(), cpu_seconds(), 0
+        for name in names:
+            key = (0, 0, int(name))
+            contribution = self.averaging.contribution(0, 0, self.averaging.blocks(0), self.delta, self.zeros)
+            self.exchanger.offer(key, contribution)
+            self.exchanger.start(Order(name, key, parties, tuple(ownership([1.0, 1.0])), place))
+            with self.ended:
+                self.ended.wait_for(lambda name=name: name in self.outcomes)  # type: ignore[misc]
+            outcome = self.outcomes.pop(name)
+            assert outcome.digests is not None, outcome.reason
+            self.exchanger.decided(key)
+            sent += outcome.sent
+        return {"seconds": time.monotonic() - begin, "cpu": cpu_seconds()[0] - cpu, "sent": sent}
+
+    def build(self, overrides: list[str]) -> dict[str, Any]:
+        """The model, and a few steps that do not count."""
+        cfg = compose_config(["region.name=eu", *overrides])
+        region = open_region(cfg.parallel)
+        source = build_source(cfg.data)
+        model = build_model(cfg, region, source.vocab)
+        self.inner = Inner(cfg.inner, model, load_loss(cfg), region)
+        self.batch = Dataset(source, cfg.inner.seq_len, cfg.data.holdout, 0).batch(range(cfg.inner.batch))
+        return self.steps(3.0)
+
+    def steps(self, seconds: float) -> dict[str, Any]:
+        """Inner steps for so long."""
+        done = threading.Event()
+        timer = threading.Timer(seconds, done.set)
+        timer.start()
+        return self._until(done)
+
+    def both(self, members: list[list[Any]], names: list[str]) -> dict[str, Any]:
+        """Inner steps for as long as the exchanges in the background take."""
+        done, found = threading.Event(), dict[str, Any]()
+
+        def work() -> None:
+            found.update(self.exchange(members, names))
+            done.set()
+
+        threading.Thread(target=work, daemon=True).start()
+        return {**self._until(done), "exchange": found}
+
+    def _until(self, done: threading.Event) -> dict[str, Any]:
+        count, begin = 0, time.monotonic()
+        while not done.is_set():
+            self.inner.step(self.batch, 0.5)
+            count += 1
+        return {"rate": count / (time.monotonic() - begin)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    worker = Worker(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    print(json.dumps({"endpoint": worker.node.endpoint}), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(json.dumps(getattr(worker, command.pop("do"))(**command)), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
