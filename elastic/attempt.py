@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic.links import EARLY, Link, Parcel, Rank
+from elastic.links import EARLY, Frame, Link, Parcel, Rank
 from elastic.plan import cells, chunks, rank_blocks
 from elastic.wire import Message, WireError
 
@@ -258,20 +258,25 @@ class Attempt:
                 side.reduced += 1
                 self._allow(side)
 
-    def _part_frame(self, first: int, last: int) -> tuple[Message, memoryview]:
-        return self._frame("part", first, last, self.contribution.read(first, last))
+    def _part_frame(self, first: int, last: int) -> Frame | None:
+        data = self._read(first, last)
+        return None if data is None else self._frame("part", first, last, data)
 
-    def _frame(self, kind: str, first: int, last: int, data: Tensor) -> tuple[Message, memoryview]:
+    def _read(self, first: int, last: int) -> Tensor | None:
+        """Of the own contribution; None if that must not leave the region, which is the attempt's end."""
+        try:
+            return self.contribution.read(first, last)
+        except FloatingPointError as error:
+            self.fail(frozenset(), str(error))
+            return None
+
+    def _frame(self, kind: str, first: int, last: int, data: Tensor) -> Frame:
         message = {"type": kind, "attempt": self.order.attempt, "first": first, "last": last}
         return message, data.numpy().data
 
-    def _put(self, link: Link, build: Callable[[], tuple[Message, memoryview | bytes]]) -> None:
-        def unless_failed() -> tuple[Message, memoryview | bytes] | None:
-            try:
-                return None if self.failed is not None else build()
-            except FloatingPointError as error:
-                self.fail(frozenset(), str(error))
-                return None
+    def _put(self, link: Link, build: Callable[[], Frame | None]) -> None:
+        def unless_failed() -> Frame | None:
+            return None if self.failed is not None else build()
 
         with self.changed:
             self.unsent += 1
@@ -333,7 +338,9 @@ class Attempt:
             first = self.whole.popleft()
             parts = self.parts.pop(first, {})
             self.held -= sum(part.numel() for part in parts.values())
-        own = self.contribution.read(first, self.end[first])
+        own = self._read(first, self.end[first])
+        if own is None:
+            raise Cancelled
         del self.due[first]
         return first, [own if k == self.order.me else parts[k] for k in range(len(self.order.parties))]
 

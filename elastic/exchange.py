@@ -96,22 +96,34 @@ class Exchanger:
     # An attempt, in a thread of its own
 
     def _run(self, attempt: Attempt) -> None:
-        order, meter = attempt.order, self.links.meter
-        meter.begin()
+        self.links.meter.begin()
         try:
-            self._transfer(attempt)
-            seconds = time.monotonic() - attempt.begun
-            self._measure(attempt, seconds)
-            slices = (attempt.first, attempt.last, attempt.result)
-            digests = self.arithmetic.digests(order.key[1], *slices, len(order.parties))
-            if order.me == 0 and attempt.first < attempt.last:
-                self._keep(attempt)
-            outcome = Outcome(order.attempt, digests, seconds=seconds)
+            outcome = self._exchange(attempt)
         except Cancelled:
             assert attempt.failed is not None
             outcome = attempt.failed
             for link in attempt.silent:  # what is in its pipe is of no use any more, and another path may be open
                 link.close("given up")
+        except Exception as error:  # a bug: the round must not wait for ever
+            attempt.fail(frozenset(), f"the exchange broke: {error!r}")
+            self._end(attempt, Outcome(attempt.order.attempt, None, reason=f"the exchange broke: {error!r}"))
+            raise
+        self._end(attempt, outcome)
+
+    def _exchange(self, attempt: Attempt) -> Outcome:
+        """Raises Cancelled."""
+        order = attempt.order
+        self._transfer(attempt)
+        seconds = time.monotonic() - attempt.begun
+        self._measure(attempt, seconds)
+        slices = (attempt.first, attempt.last, attempt.result)
+        digests = self.arithmetic.digests(order.key[1], *slices, len(order.parties))
+        if order.me == 0 and attempt.first < attempt.last:
+            self._keep(attempt)
+        return Outcome(order.attempt, digests, seconds=seconds)
+
+    def _end(self, attempt: Attempt, outcome: Outcome) -> None:
+        order, meter = attempt.order, self.links.meter
         outcome.sent, outcome.received = attempt.sent, attempt.received
         outcome.up, outcome.down = meter.up, meter.down
         with self._lock:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from elastic.wire import Connection, Message
 
 Rank = tuple[str, int]
 """(member, rank): one end of a link."""
+Frame = tuple[Message, memoryview | bytes]
 EARLY = 4 << 20
 """Bytes of an attempt that a rank may send before its peer has said that it takes part, too: less than a round trip's worth
 need not wait. As much of unknown attempts is kept per link, the newest."""
@@ -30,7 +32,7 @@ class Parcel:
     """Something to send once a stream is free. build: the frame, or None if it is not wanted any more; sent: told the
     bytes that it took, 0 for None."""
 
-    build: Callable[[], tuple[Message, memoryview | bytes] | None]
+    build: Callable[[], Frame | None]
     sent: Callable[[int], None]
 
 
@@ -176,10 +178,8 @@ class Links:
             threading.Thread(target=self._add_stream, args=(link, endpoint), name="link-dial", daemon=True).start()
 
     def _add_stream(self, link: Link, endpoint: str) -> None:
-        try:
+        with suppress(OSError):  # the streams that stand carry everything; if the peer is gone, they tell
             self._start(link, self._connect(link, endpoint))
-        except OSError:
-            pass  # the streams that stand carry everything; if the peer is gone, they tell
 
     def _register(self, link: Link) -> None:
         with self._changed:

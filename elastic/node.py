@@ -95,7 +95,9 @@ class Node:
         Raises OSError if the gateway does not answer now."""
         connection = _register(gateway, name)
         self._open.add(connection)
-        threading.Thread(target=self._answer_calls, args=(connection, gateway, name), name="gateway", daemon=True).start()
+        threading.Thread(
+            target=self._answer_calls, args=(connection, gateway, name), name="gateway", daemon=True
+        ).start()
         return f"{gateway}/{name}"
 
     def _answer_calls(self, connection: Connection, gateway: str, name: str) -> None:

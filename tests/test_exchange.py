@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +25,7 @@ from elastic.links import EARLY
 from elastic.node import Identity, Node
 from elastic.plan import CHUNK, WHOLE, cells, chunks, ownership, rank_blocks
 from elastic.ranks import Ranks, follow
-from elastic.wire import Connection, WireError
+from elastic.wire import HEAD, MAGIC, Connection, WireError, encode
 
 KEY: Key = (0, 0, 0)
 BLOCK = 512
@@ -331,8 +334,8 @@ def test_late_frames_of_unknown_and_ended_attempts_do_no_harm(cluster: Make) -> 
     c.start("a", range(2))
     c.assert_result("a", range(2))
     connection, target = intruder(c, 1, 0), c.members[0][0].exchanger
-    for attempt in ["a", *(f"unknown {n}" for n in range(200))]:
-        connection.send({"type": "sum", "attempt": attempt, "first": 0, "last": 4}, bytes(100_000))
+    for name in ["a", *(f"unknown {n}" for n in range(200))]:
+        connection.send({"type": "sum", "attempt": name, "first": 0, "last": 4}, bytes(100_000))
     assert until(lambda: any("unknown 199" in link.early for link in target.links.all()))
     (link,) = target.links.all()
     kept = sum(len(payload) for frames in link.early.values() for _, payload in frames)
@@ -355,6 +358,32 @@ def test_a_member_that_is_not_of_the_attempt_is_not_heard(cluster: Make) -> None
     assert until(lambda: c.members[0][0].node.refusals == 1)
     c.start("a", [0, 1], only=[1])
     c.assert_result("a", [0, 1])
+
+
+def test_garbage_is_dropped_and_counted_and_exchanges_go_on(cluster: Make) -> None:
+    """From a stranger, and from a member of the run that is not of the attempt: cut, mutated, oversized and replayed."""
+    c = cluster((1, 1, 1), 100 * BLOCK)
+    target, rng, sent = c.members[0][0].node, random.Random(3), 0
+    good = encode({"type": "part", "attempt": "a0", "first": 0}, bytes(100)) + bytes(100)
+    host, port = target.endpoint.split(":")
+    for n in range(5):
+        c.start(f"a{n}", [0, 1])
+        for _ in range(40):
+            frame = bytearray(good)
+            frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
+            junk = rng.choice([bytes(frame), rng.randbytes(300), HEAD.pack(MAGIC, 2, 1 << 40, 0), good * 3])
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5) as stranger:
+                stranger.sendall(junk)
+                sent += 1
+            with contextlib.suppress(OSError):
+                member = intruder(c, 2, 0)
+                member.sock.sendall(junk)
+                member.close()
+                sent += 1
+        c.assert_result(f"a{n}", [0, 1])
+    assert until(lambda: target.refusals > 200) and sent > 300
+    (kept,) = [link._early_bytes for link in c.members[0][0].exchanger.links.all() if link.peer[0] == "m2_2"] or [0]
+    assert kept <= 2 * EARLY
 
 
 def attempt_of(c: Cluster, k: int, members: Sequence[int], r: int = 0) -> Attempt:
@@ -427,6 +456,7 @@ def test_a_member_may_own_nothing_or_everything(cluster: Make, worlds: tuple[int
 def test_parts_that_wait_for_a_slow_member_fill_no_more_than_the_window(
     cluster: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attempt, "CHUNK", 2_000)
     monkeypatch.setattr(attempt, "WINDOW", 20_000)
     monkeypatch.setattr(attempt, "EARLY", 5_000)
     c = cluster((1, 1, 1), 400 * BLOCK)
@@ -514,7 +544,7 @@ def test_a_region_of_several_ranks_is_led_by_its_first(cluster: Make) -> None:
     ranks.start(c.order("a", range(2), 0))
     assert ranks.complete("a") is None
     c.start("a", range(2), only=[1])
-    assert until(lambda: len(heard) == 3)
+    assert until(lambda: len(heard) == 3) and c.ended("a", [1])
     done = ranks.complete("a")
     assert done is not None
     size = c.averaging.size(0, 0, 1)

@@ -1,0 +1,104 @@
+"""What is asked of TCP, on real sockets."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import pytest
+
+from elastic import tcp
+
+
+@contextmanager
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        client = socket.create_connection(server.getsockname(), 5)
+        accepted, _ = server.accept()
+    with client, accepted:
+        yield client, accepted
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return condition()
+
+
+def push(a: socket.socket, b: socket.socket, nbytes: int) -> None:
+    for _ in range(nbytes >> 16):
+        a.sendall(bytes(1 << 16))
+        left = 1 << 16
+        while left:
+            left -= len(b.recv(left))
+
+
+def test_the_kernel_tells_what_was_delivered() -> None:
+    with pair() as (a, b):
+        push(a, b, 8 << 20)
+
+        def told() -> bool:
+            sender, receiver = tcp.info(a), tcp.info(b)
+            assert sender is not None and receiver is not None and 0 <= sender.rtt < 1
+            return all(
+                8 << 20 <= n < 17 << 20 for n in (sender.sent, receiver.received)
+            )  # a short segment counts whole
+
+        assert until(told)
+    assert tcp.info(a) is None  # gone
+
+
+@pytest.mark.parametrize("congestion", ["", "bbr", "cubic", "no such thing"])
+def test_tuning_takes_what_the_kernel_has(congestion: str) -> None:
+    with pair() as (a, b):
+        tcp.tune(a, congestion)
+        assert a.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert a.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == tcp.UNSENT
+        push(a, b, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("rtt", "rate", "streams"),
+    [
+        (0.0001, 0.0, 1),  # a local network
+        (0.1, 0.0, 4),  # far away, and nothing known
+        (0.1, 25e6, 4),
+        (0.1, 125e6, 6),  # 12.5 MB on their way, 2 MB a stream
+        (0.3, 1.25e9, 32),  # bounded
+    ],
+)
+def test_streams_follow_round_trip_and_rate(rtt: float, rate: float, streams: int) -> None:
+    assert tcp.streams_for(rtt, rate, 4 << 20) == streams
+
+
+def test_the_meter_takes_the_fastest_second_and_forgets_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, counters, sock = [0.0], [0, 0], socket.socket()
+    monkeypatch.setattr(tcp.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tcp, "info", lambda _: tcp.Info(0.1, counters[0], counters[1]))
+    meter = tcp.Meter()
+
+    def flow(seconds: float, up: float, down: float) -> None:
+        for _ in range(round(seconds / 0.1)):
+            clock[0] += 0.1
+            counters[0] += int(up * 0.1)
+            counters[1] += int(down * 0.1)
+            meter.sample(lambda: [sock])
+
+    def exchange(*flows: tuple[float, float, float]) -> tuple[float, float]:
+        clock[0] += 1.0
+        meter.begin()
+        for one in flows:
+            flow(*one)
+        meter.end()
+        return meter.up, meter.down
+
+    assert exchange((2, 20e6, 30e6), (9, 1e6, 1e6)) == pytest.approx((20e6, 30e6), rel=0.02)  # the end was waiting
+    assert exchange((5, 10e6, 30e6)) == pytest.approx((16e6, 30e6), rel=0.02)
+    assert exchange((5, 10e6, 30e6)) == pytest.approx((12.8e6, 30e6), rel=0.02)
+    assert exchange((0.2, 90e6, 90e6)) == pytest.approx((12.8e6, 30e6), rel=0.02)  # too short to tell
+    assert exchange((0.6, 50e6, 90e6)) == pytest.approx((50e6, 90e6), rel=0.02)
+    assert exchange((5, 1e3, 1e3)) == pytest.approx((50e6, 90e6), rel=0.02)  # too little to tell
+    sock.close()
