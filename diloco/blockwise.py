@@ -187,7 +187,8 @@ class Dense(Codec):
             self.encode_kernel.prepare(numbers[0], None, None, keys, *parts)
             self.encode_kernel.prepare(*numbers[:2], numbers[2] if feedback else None, keys, *parts)
             self.encode_kernel(numbers[0], None, None, keys, *parts)
-            self.decode_kernel.prepare(*parts, numbers[1])
+            if count == PIECES[0]:  # what is decoded alone is long
+                self.decode_kernel.prepare(*parts, numbers[1])
             self.accumulate_kernel.prepare(*parts, torch.tensor(0.1), numbers[1])
 
     def _groups(self, length: int) -> int:

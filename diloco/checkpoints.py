@@ -15,7 +15,7 @@ from ckpt.store import Store, StoreError
 from diloco.fold import State, counters
 from diloco.inner import Inner
 from diloco.parallel import Region
-from diloco.planes import PLANES, Planes
+from diloco.planes import Planes
 from diloco.shards import Select, Shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,8 +63,8 @@ class Checkpoints:
         """This rank's slices of θ and momentum."""
         reader = Reader(self.store, manifest)
         for f, fragment in enumerate(manifest["counters"]["fragments"]):
-            theta, momentum = (reader.read(plane, f, *self.shards.span(f)) for plane in PLANES)
-            planes.load(f, fragment.get("base", 0), theta, momentum)
+            flats = [reader.read(plane, f, *self.shards.span(f)) for plane in planes.names]
+            planes.load(f, fragment.get("base", 0), *flats)
 
     def load_prefix(self, state: State, planes: Planes) -> None:
         """From the checkpoint that the current epoch starts from."""
@@ -204,7 +204,7 @@ def _selections(inner: Inner) -> dict[str, Select]:
 
 def _global_pieces(planes: Planes) -> Iterator[Piece]:
     for f, fragment in enumerate(planes.fragments):
-        for plane in PLANES:
+        for plane in planes.names:
             yield from _cut(plane, f, *fragment.span(*planes.slices[f]), getattr(planes, plane)[f])
 
 

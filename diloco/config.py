@@ -43,7 +43,7 @@ class RunConfig:
     rounds: int | None = None
     """Stop after this many rounds (outer steps of one fragment)."""
     tokens: int | None = None
-    """Stop after this many committed tokens of all regions."""
+    """Stop after this many tokens of all regions in committed rounds."""
     seed: int = 0
     report_every: int = 10
     """Inner steps between two report lines."""
@@ -318,6 +318,14 @@ def _validate_outer(cfg: Config) -> None:
             f"in turn every H / fragments inner steps, so set outer.sync_every to a multiple"
         )
     _validate_overlap(outer)
+    if outer.optimizer not in ("nesterov", "adamw"):
+        raise ConfigError(f"outer.optimizer={outer.optimizer} is not known: set it to nesterov or adamw")
+    classic = (outer.sync_every, outer.fragments, outer.max_overlap_steps, outer.boundary) == (1, 1, 0, "steps")
+    if outer.optimizer == "adamw" and not classic:
+        raise ConfigError(
+            "outer.optimizer=adamw exchanges gradients at every step: set outer.sync_every=1, outer.fragments=1, "
+            "outer.max_overlap_steps=0 and outer.boundary=steps, as +experiment=ddp does"
+        )
     if not 0 <= outer.momentum < 1 or outer.lr <= 0:
         raise ConfigError(f"outer.lr={outer.lr} and outer.momentum={outer.momentum}: set lr > 0 and 0 <= momentum < 1")
     if not elastic.min_regions >= 1 or elastic.start_regions < elastic.min_regions:

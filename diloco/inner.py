@@ -113,12 +113,8 @@ class Inner:
 
         A collective. A gradient that is not finite is dropped, on every rank alike, and counted in `skipped`.
         """
-        nll = self._backward(tokens)
-        # The loss rides along with the norm: one small all-reduce, and one wait of the host, per step.
-        parts = torch.stack((grad_square(self.params, self.region), nll / self.region.world))
-        sums = self.region.all_reduce_sum(parts)
-        norm, lr = math.sqrt(sums[0].item()), lr_at(self.cfg, progress)
-        applied = math.isfinite(norm)
+        nll, norm = self.gradient(tokens)
+        lr, applied = lr_at(self.cfg, progress), math.isfinite(norm)
         if applied:
             self._clip(norm)
             for group in self.optimizer.param_groups:
@@ -126,7 +122,15 @@ class Inner:
             self.optimizer.step()
         self.skipped += not applied
         self.optimizer.zero_grad(set_to_none=True)
-        return StepStats(sums[1], norm, lr, applied)
+        return StepStats(nll, norm, lr, applied)
+
+    def gradient(self, tokens: Tensor) -> tuple[Tensor, float]:
+        """Adds the region's mean gradient to the parameters' `grad`: (mean nll, its norm). A collective."""
+        nll = self._backward(tokens)
+        # The loss rides along with the norm: one small all-reduce, and one wait of the host, per step.
+        parts = torch.stack((grad_square(self.params, self.region), nll / self.region.world))
+        sums = self.region.all_reduce_sum(parts)
+        return sums[1], math.sqrt(sums[0].item())
 
     def _backward(self, tokens: Tensor) -> Tensor:
         """Accumulate the mean gradient over the micro-batches; returns this rank's mean nll."""

@@ -120,6 +120,8 @@ def _own(cfg: Config, run: str) -> None:
 
 
 def max_local_steps(cfg: Config) -> int:
+    if cfg.outer.optimizer == "adamw":
+        return 0  # gradients are of the common parameters
     return cfg.elastic.max_local_steps or 4 * cfg.outer.sync_every
 
 
@@ -149,7 +151,7 @@ def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
         checkpoints = Checkpoints(store, run, region, trainer.shards, trainer.cfg.ckpt.keep)
         for f in range(len(trainer.fragments)):
             theta = trainer.shards.read(f)
-            trainer.planes.load(f, 0, theta, torch.zeros_like(theta))
+            trainer.planes.load(f, 0, theta, *(torch.zeros_like(theta) for _ in trainer.planes.names[1:]))
         prefix = checkpoints.save_first(trainer.planes)
         if region.rank == 0:
             fields = {
@@ -182,6 +184,7 @@ _MEANS = {
     "codec": "codec",
     "data": "the digest of the data (data.path)",
     "seq_len": "inner.seq_len",
+    "outer": "outer.optimizer, with the numbers of inner that an outer AdamW takes,",
 }
 """Keys of the fingerprint -> keys of the config."""
 

@@ -1,4 +1,5 @@
-"""The outer step: token-weighted averaging of pseudo-gradients, then Nesterov (DiLoCo, arXiv 2311.08105, algorithm 1).
+"""The outer step: token-weighted averaging of pseudo-gradients, then Nesterov (DiLoCo, arXiv 2311.08105, algorithm 1); or of
+gradients, then AdamW (arXiv 1711.05101): plain data parallelism between regions.
 
 Bit-exact across machines by construction: one rounding per operation (a separate multiply and add, never `alpha=`,
 `addcmul`, a fused or a compiled step, which round differently on CPUs with and without FMA), in a fixed order, on CPU.
@@ -6,6 +7,7 @@ Bit-exact across machines by construction: one rounding per operation (a separat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,9 @@ from torch import Tensor
 class OuterConfig:
     """The outer optimizer. Learning rates by number of regions: arXiv 2503.09799 (1: 0.4, 2-4: 0.6, 8: 0.8)."""
 
+    optimizer: str = "nesterov"
+    """nesterov: DiLoCo; adamw: data parallelism. Then regions exchange gradients at every inner step (sync_every=1), and the
+    outer step is the AdamW of `inner`: the reference that DiLoCo is measured against."""
     sync_every: int = 50
     """H: inner steps between two exchanges of the same fragment."""
     lr: float = 0.7
@@ -50,3 +55,27 @@ def nesterov(theta: Tensor, momentum: Tensor, gradient: Tensor, lr: float, mu: f
     momentum.mul_(mu).add_(gradient)
     update = momentum.mul(mu).add_(gradient).mul_(lr)
     theta.sub_(update)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """One AdamW step's numbers. step: counts from 1; scale: of the gradient, for clipping."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    scale: float = 1.0
+
+
+def adamw(theta: Tensor, mean: Tensor, variance: Tensor, gradient: Tensor, by: AdamW, decay: bool) -> None:
+    """One step in place, as `torch.optim.AdamW` computes it up to rounding. All fp32 [n] on CPU; gradient is used up."""
+    gradient.mul_(by.scale)
+    mean.mul_(by.beta1).add_(gradient.mul(1 - by.beta1))
+    variance.mul_(by.beta2).add_(gradient.square_().mul_(1 - by.beta2))
+    denominator = variance.sqrt().div_(math.sqrt(1 - by.beta2**by.step)).add_(by.eps)
+    if decay:
+        theta.mul_(1 - by.lr * by.weight_decay)
+    theta.sub_(mean.mul(by.lr / (1 - by.beta1**by.step)).div_(denominator))

@@ -1,19 +1,20 @@
-"""A rank's slices in flat space, fp32 on the CPU, 1/W per rank: the global θ and outer momentum, the region's own
-error-feedback residual, and the last rounds' bits."""
+"""A rank's slices in flat space, fp32 on the CPU, 1/W per rank: the global θ and the outer optimizer's moments, the region's
+own error-feedback residual, and the last rounds' bits."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diloco.fragments import Fragment, block_digests
-from diloco.outer import nesterov
+from diloco.outer import AdamW, adamw, nesterov
 
-PLANES = ("theta", "momentum")
+Update = Callable[[int, int, Tensor], None]
+"""(first element, end, gradient): steps the planes there, in place."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,25 @@ class Bits:
 
 
 class Planes:
-    """θ and momentum of every fragment, in this rank's slice [first block, last block).
+    """θ and moments of every fragment, in this rank's slice [first block, last block): Nesterov's momentum, or AdamW's two.
 
     `bases[f]` is the journal seq of the last round in fragment f's planes. Blocks are served to joiners from another
     thread, so a step and a read exclude each other: nobody gets a torn block.
     """
 
     def __init__(
-        self, fragments: Sequence[Fragment], slices: Sequence[tuple[int, int]], error_feedback: bool = False
+        self,
+        fragments: Sequence[Fragment],
+        slices: Sequence[tuple[int, int]],
+        error_feedback: bool = False,
+        variance: bool = False,
     ) -> None:
         self.fragments, self.slices = fragments, slices
-        self.theta = [torch.zeros(self._elements(f)) for f in range(len(fragments))]
-        self.momentum = [torch.zeros(self._elements(f)) for f in range(len(fragments))]
-        self.residual = [torch.zeros(self._elements(f)) for f in range(len(fragments))] if error_feedback else None
+        self.theta, self.momentum = self._zeros(), self._zeros()
+        self.variance = self._zeros() if variance else []
+        """AdamW's second moment; `momentum` is its first then."""
+        self.names = ("theta", "momentum", "variance") if variance else ("theta", "momentum")
+        self.residual = self._zeros() if error_feedback else None
         """What compression has left out of this region's contributions so far."""
         self.bases = [-1] * len(fragments)
         """-1: not loaded yet."""
@@ -47,25 +54,52 @@ class Planes:
         """seq -> result of the last rounds, for who missed them."""
         self._lock = threading.Lock()
 
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros(self._elements(f)) for f in range(len(self.fragments))]
+
     def _elements(self, fragment: int) -> int:
         start, stop = self.fragments[fragment].span(*self.slices[fragment])
         return stop - start
 
-    def load(self, fragment: int, base: int, theta: Tensor, momentum: Tensor) -> None:
+    def load(self, fragment: int, base: int, *flats: Tensor) -> None:
+        """flats: this rank's slice of each plane, in the order of `names`."""
         with self._lock:
-            self.theta[fragment].copy_(theta)
-            self.momentum[fragment].copy_(momentum)
+            for name, flat in zip(self.names, flats, strict=True):
+                getattr(self, name)[fragment].copy_(flat)
             self.bases[fragment] = base
 
     def step(self, seq: int, bits: Bits, gradients: Iterable[Tensor], lr: float, mu: float) -> Tensor:
         """The outer step of round `seq`; its bits are kept for the last two rounds of every fragment. gradients: the
         averaged pseudo-gradient in pieces, one after the other. Returns the sum of its squares, an fp64 scalar."""
+        theta, momentum = self.theta[bits.fragment], self.momentum[bits.fragment]
+
+        def update(a: int, b: int, gradient: Tensor) -> None:
+            nesterov(theta[a:b], momentum[a:b], gradient, lr, mu)
+
+        return self._step(seq, bits, gradients, update)
+
+    def step_adamw(self, seq: int, bits: Bits, gradients: Iterable[Tensor], by: AdamW) -> Tensor:
+        """The same for averaged gradients. As usual, parameters of one dimension do not decay."""
+        planes = [getattr(self, name)[bits.fragment] for name in self.names]
+        fragment = self.fragments[bits.fragment]
+        origin, _ = fragment.span(*self.slices[bits.fragment])
+
+        def update(a: int, b: int, gradient: Tensor) -> None:
+            for slot in fragment.slots:
+                first, last = max(slot.start - origin, a), min(slot.stop - origin, b)
+                if first < last:
+                    theta, mean, variance = (plane[first:last] for plane in planes)
+                    adamw(theta, mean, variance, gradient[first - a : last - a], by, decay=len(slot.shape) > 1)
+
+        return self._step(seq, bits, gradients, update)
+
+    def _step(self, seq: int, bits: Bits, gradients: Iterable[Tensor], update: Update) -> Tensor:
         fragment, squares, start = bits.fragment, torch.zeros((), dtype=torch.float64), 0
         with self._lock:
             for gradient in gradients:
                 stop = start + gradient.numel()
-                nesterov(self.theta[fragment][start:stop], self.momentum[fragment][start:stop], gradient, lr, mu)
                 squares += gradient.double().square_().sum()
+                update(start, stop, gradient)
                 start = stop
             assert start == self._elements(fragment)
             self.bases[fragment] = seq
@@ -86,7 +120,7 @@ class Planes:
         """(base, copy of the blocks [first, last)) for a joiner; None if they are not this rank's, or not loaded."""
         mine = self.slices[fragment]
         with self._lock:
-            if plane not in PLANES or not mine[0] <= first <= last <= mine[1] or self.bases[fragment] < 0:
+            if plane not in self.names or not mine[0] <= first <= last <= mine[1] or self.bases[fragment] < 0:
                 return None
             origin, _ = self.fragments[fragment].span(*mine)
             start, stop = self.fragments[fragment].span(first, last)

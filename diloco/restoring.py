@@ -145,7 +145,7 @@ def _load_from(trainer: Trainer, donors: list[tuple[str, ...]]) -> bool:
         try:
             fetched = [
                 recovery.fetch(trainer.links.node, donors, fragment.blocks, plane, f, *trainer.planes.slices[f])
-                for plane in ("theta", "momentum")
+                for plane in trainer.planes.names
             ]
         except OSError as error:
             print(f"{trainer.links.member}: {error}", flush=True)

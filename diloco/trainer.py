@@ -21,10 +21,11 @@ from diloco.codec import build_codec, compiles
 from diloco.config import Config, build_module, load
 from diloco.control import Control, Order, Status
 from diloco.data import Dataset, build_source
+from diloco.dataparallel import adamw_fingerprint, adamw_of, read_gradient
 from diloco.evaluate import evaluate
 from diloco.fold import PROTOCOL, State, fold
 from diloco.fragments import digest, group_parameters
-from diloco.inner import Inner
+from diloco.inner import Inner, StepStats, lr_at
 from diloco.journal import Journal
 from diloco.ledger import LeaseReader
 from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
@@ -70,7 +71,9 @@ class Trainer:
         self.inner = Inner(cfg.inner, self.model, load_loss(cfg), region)
         self.shards = Shards(self.model, self.fragments, region)
         slices = [self.shards.blocks(f.index) for f in self.fragments]
-        self.planes = Planes(self.fragments, slices, cfg.codec.error_feedback)
+        self.data_parallel = cfg.outer.optimizer == "adamw"
+        """Regions exchange gradients of common parameters, not what they did with parameters of their own."""
+        self.planes = Planes(self.fragments, slices, cfg.codec.error_feedback, variance=self.data_parallel)
         self.averaging = build_averaging(cfg, self.planes)
         self.reader = LeaseReader()
         self.report = Reporter(cfg, region, self.source.bytes_per_token)
@@ -101,6 +104,7 @@ class Trainer:
             "codec": self.cfg.codec.name,
             "data": self.source.digest[:16],
             "seq_len": self.cfg.inner.seq_len,
+            "outer": adamw_fingerprint(self.cfg.inner) if self.data_parallel else "nesterov",
         }
 
     # The loop
@@ -131,9 +135,12 @@ class Trainer:
         tokens = self.dataset.batch(indices[self.region.dp_rank * mine : (self.region.dp_rank + 1) * mine])
         self.clock.step(self.tokens_per_step)
         begin = time.monotonic()
-        stats = self.inner.step(tokens, self.progress())
+        if self.data_parallel:
+            stats = StepStats(*self.inner.gradient(tokens), lr_at(self.cfg.inner, self.progress()), applied=True)
+        else:
+            stats = self.inner.step(tokens, self.progress())
+            self.at_theta.clear()
         self.report.step(self, stats, time.monotonic() - begin)
-        self.at_theta.clear()
 
     @property
     def tokens_per_step(self) -> int:
@@ -149,11 +156,13 @@ class Trainer:
 
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         """A boundary: snapshots the fragment, offers the pseudo-gradient to the exchange, and answers. Collective."""
-        key, flat, theta = (epoch, fragment, base), self.shards.read(fragment), self.planes.theta[fragment]
+        key, theta = (epoch, fragment, base), self.planes.theta[fragment]
+        flat = read_gradient(self, fragment) if self.data_parallel else self.shards.read(fragment)
+        minuend, subtrahend = (flat, torch.zeros_like(flat)) if self.data_parallel else (theta, flat)
         residual = self.planes.residual[fragment] if self.planes.residual else None
         seed = rounding_seed(self.cfg.run.seed, fragment, self.state.fragments[fragment].rounds, self.cfg.region.name)
         blocks = self.planes.slices[fragment]
-        contribution = self.averaging.contribution(fragment, *blocks, theta, flat, residual, seed)
+        contribution = self.averaging.contribution(fragment, *blocks, minuend, subtrahend, residual, seed)
         norm = math.sqrt(self.region.all_reduce_sum(contribution.squares()).item())
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -168,7 +177,7 @@ class Trainer:
             "steps": stamp.steps,
             "norm": norm,
             "theta": self.digest("theta", fragment),
-            "momentum": self.digest("momentum", fragment),
+            "momentum": digest("".join(self.digest(name, fragment) for name in self.planes.names[1:]).encode()),
             "leases": self.reader.claims(),
             "dropped": int(self.clock.dropped),
         }
@@ -245,8 +254,10 @@ class Trainer:
         Returns the sum of the squares of the averaged pseudo-gradient there."""
         first, last = self.planes.slices[bits.fragment]
         weights = [before.weight(answer) for answer in entry["answers"]]
-        gradients = self.averaging.decode_runs(bits.fragment, first, last, bits.data, weights)
-        return self.planes.step(entry["seq"], bits, gradients, before.settings.lr, before.settings.momentum)
+        decode = partial(self.averaging.decode_runs, bits.fragment, first, last, bits.data, weights)
+        if self.data_parallel:
+            return self.planes.step_adamw(entry["seq"], bits, decode(), adamw_of(self, before, entry, decode()))
+        return self.planes.step(entry["seq"], bits, decode(), before.settings.lr, before.settings.momentum)
 
     def reset(self) -> None:
         """Everything as at the checkpoint that the epoch starts from; AdamW's moments afresh. Collective."""

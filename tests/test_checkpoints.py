@@ -11,9 +11,11 @@ from ckpt.store import Store
 from diloco import checkpoints
 from diloco.checkpoints import Checkpoints
 from diloco.fragments import group_parameters
+from diloco.inner import Inner, InnerConfig
 from diloco.parallel import Region
 from diloco.planes import Planes
 from diloco.shards import Shards
+from tests.test_journal import Log, opening
 
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
@@ -37,3 +39,37 @@ def test_planes_come_back_from_shards_of_any_size(tmp_path: Path, monkeypatch: p
             assert torch.equal(ours, theirs)
     elements = [sum(p["stop"] - p["start"] for p in shard["pieces"]) for shard in manifest["shards"]]
     assert max(elements) <= limit and sum(elements) == 2 * sum(fragment.elements for fragment in fragments)
+
+
+class OneRank:
+    """A region of one rank with a model of its own."""
+
+    def __init__(self, store: Store, error_feedback: bool) -> None:
+        region = Region(0, 1, 1, 1, 0, 0, torch.device("cpu"), None)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+        shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        fragments = group_parameters(shapes, {}, count=2, block=16)
+        self.shards = Shards(model, fragments, region)
+        self.planes = Planes(fragments, [(0, fragment.blocks) for fragment in fragments], error_feedback)
+        self.inner = Inner(InnerConfig(batch=1), model, lambda model, tokens: (model, tokens), region)
+        self.inner.materialise()
+        self.points = Checkpoints(store, "run", region, self.shards, keep=1)
+
+
+@pytest.mark.parametrize(("there", "here", "exact"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
+def test_residuals_come_back_with_the_local_parameters(tmp_path: Path, there: int, here: int, exact: int) -> None:
+    """Or start from zero, where there were none, or where the local parameters cannot come back."""
+    store = Store(str(tmp_path))
+    saved, loaded = OneRank(store, bool(there)), OneRank(store, bool(here))
+    for residual in saved.planes.residual or []:
+        residual.copy_(torch.randn(residual.numel()))
+    state = Log(opening(fragments=2)).state
+    saved.points.save_own("eu", state, saved.inner, saved.planes, {"adam": 3})
+    own = next(loaded.points.own("eu"))
+    loaded.points.load_own(own, loaded.inner, loaded.planes, moments_only=not exact)
+    assert (loaded.planes.residual is not None) == bool(here)
+    for f, residual in enumerate(loaded.planes.residual or []):
+        assert residual.any() == bool(there and exact)
+        assert not residual.any() or torch.equal(residual, saved.planes.residual[f])  # type: ignore[index]
+    assert torch.equal(loaded.shards.read(0), saved.shards.read(0)) == bool(exact)
+    assert loaded.inner.updates == 3

@@ -99,7 +99,9 @@ def test_compiled_code_is_what_runs(compiled: tuple[Codec, Codec, str], monkeypa
     for kernel in (codec.encode_kernel, codec.decode_kernel, codec.accumulate_kernel):  # type: ignore[attr-defined]
         monkeypatch.setattr(kernel, "function", None)
     assert same_bits(codec.encode(pieces, BLOCK), expected)
-    codec.accumulate(codec.decode(expected, len(pieces), BLOCK), expected, 1.0, BLOCK)
+    codec.accumulate(torch.zeros(WHOLE), expected, 1.0, BLOCK)
+    large = 3 * PIECES[0] * BLOCK
+    codec.decode(expected[: codec.size(large, BLOCK)], large, BLOCK)
     with pytest.raises(TypeError):
         codec.encode(x, BLOCK)
 

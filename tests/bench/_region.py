@@ -45,7 +45,7 @@ class Region:
         self.zero = torch.zeros(elements)
         fragment = Fragment(0, (Slot("w", (elements,), 0),))
         self.averaging = Averaging([fragment], build_codec(CodecConfig(name=codec)))
-        pass
+        self.averaging.warm(False)
         if self.exchanger is None:
             self.exchanger = Exchanger(self.node, self.averaging, 0, 60.0, **more)
             self.exchanger.on_outcome = self.end

@@ -22,6 +22,7 @@ from statistics import mean, stdev
 
 import torch
 
+from diloco.config import Config
 from diloco.train import compose_config, leave
 from tests.bench._members import Plan, Run
 from tests.bench._table import Row, at_most, show
@@ -91,22 +92,26 @@ Losses = dict[str, dict[int, float]]
 """Variant -> seed -> held-out loss, nats per token."""
 
 
-def train(name: str, seed: int) -> tuple[float, float]:
+def train(cfg: Config, plan: Plan) -> tuple[float, float]:
     """(held-out loss in nats per token, seconds)"""
     torch.set_num_threads(1)
-    begin, variant = time.monotonic(), VARIANTS[name]
+    begin = time.monotonic()
+    return Run(cfg, plan).train(), time.monotonic() - begin
+
+
+def settings(name: str, seed: int) -> tuple[Config, Plan]:
+    variant = VARIANTS[name]
     cfg = compose_config([*COMMON, f"run.seed={seed}", *variant.overrides])
-    run = Run(cfg, Plan(MEMBERS, ROUNDS, variant.overlap, variant.swapped))
-    return run.train(), time.monotonic() - begin
+    return cfg, Plan(MEMBERS, ROUNDS, variant.overlap, variant.swapped)
 
 
 def measure(names: Iterable[str], seeds: int, processes: int) -> Losses:
     """Trains all; says how each one ended."""
     losses: Losses = {name: {} for name in names}
     jobs = [(name, seed) for seed in range(seeds) for name in losses]
-    begin = time.monotonic()
+    given, begin = [settings(*job) for job in jobs], time.monotonic()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for (name, seed), (loss, seconds) in zip(jobs, pool.map(train, *zip(*jobs, strict=True)), strict=True):
+        for (name, seed), (loss, seconds) in zip(jobs, pool.map(train, *zip(*given, strict=True)), strict=True):
             losses[name][seed] = loss
             minutes = (time.monotonic() - begin) / 60
             print(f"{minutes:5.1f} min  seed {seed}  {name}: {loss:.4f} nats/token, {seconds:.0f} s", flush=True)

@@ -130,3 +130,19 @@ def test_regions_come_and_go_while_fragments_are_in_flight(cluster: Cluster) -> 
     assert state is not None and sorted(m.region for m in state.members.values()) == ["asia"], (
         "who died says no goodbye"
     )
+
+
+def test_with_boundary_first_unlike_regions_overlap(cluster: Cluster) -> None:
+    """A region of 16 times the work per step contributes what it has; fragments take turns, and all agree."""
+    settings = ["outer.boundary=first", "run.rounds=24", "elastic.start_regions=2"]
+    for name, more in (("eu", "inner.batch=4"), ("us", "inner.batch=64")):
+        cluster.start(name, *SETTINGS, *settings, more)
+    cluster.finish()
+    steps = [{a["member"].rpartition("_")[0]: a["steps"] for a in entry["answers"]} for entry in rounds(cluster)]
+    assert len(steps) == 24 and all(sorted(step) == ["eu", "us"] for step in steps)
+    assert sum(step["us"] for step in steps) < sum(step["eu"] for step in steps)
+    state = cluster.state()
+    assert state is not None and [fragment.rounds for fragment in state.fragments] == [12, 12]
+    digests = [[r["digest"] for r in cluster.records(name, "round")] for name in ("eu", "us")]
+    assert digests[0] == digests[1]
+    assert max(r["overlap"] for r in cluster.records("eu", "round")) > 0
