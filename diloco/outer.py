@@ -75,7 +75,9 @@ def adamw(theta: Tensor, mean: Tensor, variance: Tensor, gradient: Tensor, by: A
     gradient.mul_(by.scale)
     mean.mul_(by.beta1).add_(gradient.mul(1 - by.beta1))
     variance.mul_(by.beta2).add_(gradient.square_().mul_(1 - by.beta2))
-    denominator = variance.sqrt().div_(math.sqrt(1 - by.beta2**by.step)).add_(by.eps)
+    # torch's fp32 square root is not correctly rounded. A root of 24 bits lies at least 2**-50 away from where rounding to
+    # fp32 tips over, so that of fp64, rounded, is.
+    denominator = variance.double().sqrt_().float().div_(math.sqrt(1 - by.beta2**by.step)).add_(by.eps)
     if decay:
         theta.mul_(1 - by.lr * by.weight_decay)
     theta.sub_(mean.mul(by.lr / (1 - by.beta1**by.step)).div_(denominator))

@@ -234,6 +234,18 @@ def nesterov(theta: Floats, momentum: Floats, g: Floats, lr: float, mu: float) -
     return theta - F(lr) * (F(mu) * momentum + g), momentum
 
 
+def adamw(
+    theta: Floats, mean: Floats, variance: Floats, g: Floats, lr: float, decay: float, step: int, scale: float
+) -> tuple[Floats, Floats, Floats]:
+    """Betas 0.9 and 0.95, eps 1e-8; the gradient is scaled first. Returns new theta, mean, variance."""
+    g = g * F(scale)
+    mean = F(0.9) * mean + F(1 - 0.9) * g
+    variance = F(0.95) * variance + F(1 - 0.95) * (g * g)
+    denominator = np.sqrt(variance) / F(math.sqrt(1 - 0.95**step)) + F(1e-8)
+    theta = theta * F(1 - lr * decay)
+    return theta - mean * F(lr / (1 - 0.9**step)) / denominator, mean, variance
+
+
 def diloco_round(
     theta: Floats,
     momentum: Floats,

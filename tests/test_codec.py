@@ -225,6 +225,12 @@ def test_a_group_too_small_for_a_scale_is_zero() -> None:
     assert x.all() and not encode(x).any()
 
 
+def test_a_subnormal_scale_wraps_nothing_around() -> None:
+    """189 units / 127 rounds to a scale of one unit, of which 189 is 189: more than int8 holds."""
+    x = np.full(256, 189 * 2.0**-149, np.float32)
+    assert np.array_equal(decode(encode(x), 256), np.full(256, 127 * 2.0**-149, np.float32))
+
+
 @given(seeds, st.integers(0, 1199))
 def test_an_outlier_costs_its_own_group_only(seed: int, where: int) -> None:
     x = gaussian(1200, seed)
@@ -301,14 +307,17 @@ def test_inputs_stay_as_they_are(codec: str) -> None:
     assert same_bits(data_again, kept_data)
 
 
-@pytest.mark.parametrize("offset", [1, 2, 3])
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
 @pytest.mark.parametrize("codec", NAMES)
 def test_decodes_from_any_place_in_a_message(codec: str, offset: int) -> None:
     """Bytes that do not begin at a multiple of four."""
     x = gaussian(1024, seed=4)
     data = encode(x, codec=codec)
     message = np.concatenate([np.zeros(offset, np.uint8), data])
-    assert same_bits(decode(message[offset:], 1024, codec=codec), decode(data, 1024, codec=codec))
+    expected = decode(data, 1024, codec=codec)
+    assert same_bits(decode(message[offset:], 1024, codec=codec), expected)
+    view = torch.from_numpy(message)[offset:]  # which knows that it begins elsewhere
+    assert same_bits(build_codec(CodecConfig(codec)).decode(view, 1024, 512).numpy(), expected)
 
 
 @pytest.mark.parametrize("codec", NAMES)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from diloco.averaging import Averaging
 from diloco.codec import CODECS
 from diloco.fragments import Fragment, Slot
-from diloco.outer import nesterov, weighted_mean
+from diloco.outer import AdamW, adamw, nesterov, weighted_mean
 from diloco.planes import Bits, Planes
 from elastic.plan import cells, ownership, rank_blocks
 from tests import reference
@@ -111,6 +111,35 @@ def test_nesterov_equals_the_reference(n: int, seed: int, lr: float, mu: float) 
     nesterov(t, m, g, lr, mu)
     assert same_bits(t, expected[0]) and same_bits(m, expected[1])
     assert same_bits(g, gradient), "the gradient stays"
+
+
+@given(st.integers(1, 300), seeds, st.floats(1e-5, 1), st.integers(1, 10_000), st.floats(0.01, 1))
+def test_adamw_equals_the_reference(n: int, seed: int, lr: float, step: int, scale: float) -> None:
+    theta, mean, variance, gradient = normal(seed, 4, n)
+    variance = variance**2
+    expected = reference.adamw(theta, mean, variance, gradient, lr, 0.1, step, scale)
+    found = [torch.from_numpy(x.copy()) for x in (theta, mean, variance)]
+    by = AdamW(lr, 0.9, 0.95, 1e-8, 0.1, step, scale)
+    adamw(found[0], found[1], found[2], torch.from_numpy(gradient.copy()), by, decay=True)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_adamw_is_that_of_torch_up_to_rounding() -> None:
+    """Three steps over slices that cut a matrix, which decays, and a vector, which does not."""
+    matrix, vector = torch.randn(7, 5), torch.randn(9)
+    fragment = Fragment(0, (Slot("m", (7, 5), 0), Slot("v", (9,), 35)), 4)
+    planes = Planes([fragment], [(0, fragment.blocks)], variance=True)
+    planes.load(0, 0, torch.cat([matrix.view(-1), vector]), torch.zeros(44), torch.zeros(44))
+    groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))
+    for step in range(1, 4):
+        matrix.grad, vector.grad = torch.randn(7, 5), torch.randn(9)
+        flat = torch.cat([matrix.grad.view(-1), vector.grad])
+        theirs.step()
+        bits = Bits(0, 1, torch.empty(0, dtype=torch.uint8))
+        pieces = [2 * piece for piece in flat.split(16)]
+        planes.step_adamw(step, bits, pieces, AdamW(0.01, 0.9, 0.95, 1e-8, 0.1, step, scale=0.5))
+    torch.testing.assert_close(planes.theta[0], torch.cat([matrix.view(-1), vector]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -215,6 +244,10 @@ def arithmetic_digest() -> str:
                 locals = theta - 0.1 * normal(n + 2 + round, 3, n)
                 theta, momentum = one_round(theta, momentum, locals, weights, codec)
                 found.update(theta.tobytes() + momentum.tobytes())
+    for n in SIZES:
+        planes = [torch.from_numpy(normal(n + k, n)) for k in range(4)]
+        adamw(planes[0], planes[1], planes[2].square_(), planes[3], AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1, 3, 0.7), decay=True)
+        found.update(b"".join(plane.numpy().tobytes() for plane in planes[:3]))
     return found.hexdigest()
 
 
