@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diloco.blockwise import Codec, each
 from diloco.fragments import Fragment, block_digests
-from elastic.plan import CHUNK, chunks
+from elastic.plan import CHUNK, NotFinite, chunks
 
 RUN = 16
 """Blocks (4 MiB of fp32) that are worked on at a time, so that temporaries do not grow with the fragment."""
@@ -192,10 +192,20 @@ class Averaging:
 
     def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The result's bytes of the blocks [first, last). parts: the members' bytes of them, uint8, in order.
-        Dense: the encoded weighted mean. Sparse: all parts, per block one after the other."""
+        Dense: the encoded weighted mean. Sparse: all parts, per block one after the other. Raises NotFinite."""
+        for index, part in enumerate(parts):
+            if not self._finite(fragment, first, last, part):
+                raise NotFinite(index)
         if self.gathers:
             return self._interleave(fragment, first, last, parts)
-        return self.encode(fragment, self._mean(fragment, first, last, parts, weights), first)
+        data = self.encode(fragment, self._mean(fragment, first, last, parts, weights), first)
+        if not self._finite(fragment, first, last, data):
+            raise NotFinite(-1)
+        return data
+
+    def _finite(self, fragment: int, first: int, last: int, data: Tensor) -> bool:
+        """Of one contribution, or of a dense result."""
+        return self.codec.finite(data, self.elements(fragment, first, last), self.fragments[fragment].block)
 
     def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int = 1) -> bytes:
         """32 bytes for each of the blocks [first, last), of their bytes in a result of so many members."""

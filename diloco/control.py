@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -105,6 +105,8 @@ class Status:
     """Fragment in flight -> inner steps since it was snapshotted."""
     samples: int
     """Samples left in this member's leases."""
+    work: Sequence[int]
+    """Inner steps that each fragment's next contribution would hold."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,12 @@ class Control:
 
     def _due(self, state: State, status: Status) -> int | None:
         """Whose boundary has come, if any's has: after H / fragments steps, or because the leases are used up, as a region's
-        are that was left out of several rounds."""
+        are that was left out of several rounds. Never without work, as it may be after a restart: a round of nothing but such
+        contributions has no weight, and cannot be committed."""
         used_up = state.ledger.cursor > 0 and status.samples < self.limits.batch and not status.ages
         here = status.overdue > 0 or status.since >= state.sync_interval or used_up
-        return state.next_fragment(status.ages.keys()) if here else None
+        fragment = state.next_fragment(status.ages.keys()) if here else None
+        return fragment if fragment is not None and status.work[fragment] else None
 
     def _announce(self, state: State, fragment: int) -> None:
         """Tells the coordinator, once, that this region reached its boundary."""
@@ -203,7 +207,8 @@ class Control:
             if (ask.epoch, ask.base) == (state.epoch, state.fragments[ask.fragment].base)
             and ask.fragment not in status.ages
         ]
-        return sorted({ask.fragment for ask in self._asks}, key=lambda f: (state.fragments[f].rounds, f))
+        ready = {ask.fragment for ask in self._asks if status.work[ask.fragment]}
+        return sorted(ready, key=lambda f: (state.fragments[f].rounds, f))
 
     def _may_step(self, state: State, status: Status) -> bool:
         oldest = max(status.ages.values(), default=-1)

@@ -125,7 +125,8 @@ class Trainer:
         data = None
         if self.links.control is not None:
             ages = {f: self.clock.steps - snapshot.stamp.at for f, snapshot in self.snapshots.items()}
-            status = Status(self.clock.since, self.clock.overdue, ages, self.reader.available())
+            work = [steps for steps, _ in self.clock.work]
+            status = Status(self.clock.since, self.clock.overdue, ages, self.reader.available(), work)
             data = self.links.control.next(self.state, status).encode()
         return Order.decode(self.region.broadcast_bytes(data))
 

@@ -63,7 +63,7 @@ class Arithmetic(Protocol):
         ...
 
     def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The result for these blocks from the members' parts (uint8), in the order given."""
+        """The result for these blocks from the members' parts (uint8), in the order given. Raises NotFinite."""
         ...
 
     def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int) -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor
 from elastic.attempt import Arithmetic, Attempt, Cancelled, Contribution, Key, Order, Outcome
 from elastic.links import Link, Links, Rank, open_all
 from elastic.node import Node
+from elastic.plan import NotFinite
 from elastic.wire import Message
 
 REMEMBERED = 1000
@@ -140,12 +141,20 @@ class Exchanger:
         weights = [party.weight for party in order.parties]
         for _ in range(len(attempt.due)):
             first, parts = attempt.next_whole(tick)
-            attempt.cut(first, attempt.end[first]).copy_(
-                self.arithmetic.reduce(order.key[1], first, attempt.end[first], parts, weights)
-            )
+            try:
+                data = self.arithmetic.reduce(order.key[1], first, attempt.end[first], parts, weights)
+            except NotFinite as error:
+                self._refuse(attempt, error.index)
+                raise Cancelled from error
+            attempt.cut(first, attempt.end[first]).copy_(data)
             attempt.pass_on(first)
         attempt.wait(lambda: not attempt.missing, tick)
         attempt.wait(lambda: not attempt.unsent, tick)
+
+    def _refuse(self, attempt: Attempt, index: int) -> None:
+        """A member that sends what is not finite, by a fault or on purpose, is left out of the next attempt."""
+        name = attempt.order.parties[index].member if index >= 0 else ""
+        attempt.fail(frozenset([name] if name else []), f"the contribution of {name or 'all together'} is not finite")
 
     def _open(self, attempt: Attempt) -> None:
         """The links that the attempt needs. Raises Cancelled if one of them cannot be had."""

@@ -33,8 +33,12 @@ class Cell:
     def owned(self, member: int) -> tuple[int, int]:
         """The blocks of this cell that `member` reduces: its share of every cell, so that all its ranks have the same
         part of the work."""
-        n, before = self.last - self.first, sum(self.shares[:member])
-        return self.first + n * before // WHOLE, self.first + n * (before + self.shares[member]) // WHOLE
+        before = sum(self.shares[:member])
+        return self._cut(before), self._cut(before + self.shares[member])
+
+    def _cut(self, share: int) -> int:
+        """The nearest block."""
+        return self.first + ((self.last - self.first) * share + WHOLE // 2) // WHOLE
 
 
 def cells(blocks: int, worlds: Sequence[int], shares: Sequence[int]) -> tuple[Cell, ...]:
@@ -89,3 +93,11 @@ def exchange_seconds(nbytes: float, rates: Sequence[float], shares: Sequence[int
     """What the most loaded direction takes: N (1 + (K - 2) o) / rate. nbytes: of one encoded contribution."""
     spread = len(rates) - 2
     return max(nbytes * (1 + spread * share / WHOLE) / rate for rate, share in zip(rates, shares, strict=True))
+
+
+class NotFinite(FloatingPointError):
+    """A part that decodes to a number that is not finite. index: whose, in the order of the parts; -1: their mean."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"part {index} is not finite")
+        self.index = index

@@ -90,7 +90,7 @@ def test_progress_never_goes_back(actions: list, fragments: int, by_tokens: bool
                 clock.missed()
             theirs = log.state.members["us_1"].leases[0]
             log.add(log.round(answer("us_1", (theirs.id, theirs.applied + 1)), fragment=which % fragments))
-        elif boundary and due is not None and due not in in_flight:
+        elif boundary and due is not None and due not in in_flight and clock.work[due][0]:
             stamp = clock.snapshot(due, interval)
             in_flight[due] = stamp, answer("eu_1", *map(tuple, reader.claims()), tokens=stamp.tokens)
         elif kind == "step":

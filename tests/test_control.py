@@ -52,10 +52,16 @@ def run(fragments: int = 1, **settings: Any) -> Log:
 
 
 def doing(
-    control: Control, state: State, since: int, ages: dict[int, int] | None = None, samples: int = 40, overdue: int = 0
-):
+    control: Control,
+    state: State,
+    since: int,
+    ages: dict[int, int] | None = None,
+    samples: int = 40,
+    overdue: int = 0,
+    work: tuple[int, ...] = (9, 9, 9),
+) -> str | int:
     """step, wait, or the fragment that is snapshotted."""
-    order = control.next(state, Status(since, overdue, ages or {}, samples))
+    order = control.next(state, Status(since, overdue, ages or {}, samples, work))
     if order.ask:
         assert order == Order(ask=(order.ask[0], state.epoch, state.fragments[order.ask[0]].base))
         return order.ask[0]
@@ -133,6 +139,13 @@ def test_what_a_restart_threw_away_is_due_at_once() -> None:
     assert doing(control, state, 1, {0: 0, 1: 0}) == "step"
 
 
+def test_a_boundary_without_work_is_none() -> None:
+    """After a restart its fragment may have been in a round just now: one step more, or the round could have no weight."""
+    (control, peers), state = region(overlap=9), run(fragments=2).state
+    assert doing(control, state, 4, overdue=1, work=(0, 9)) == "step" and peers.posted == []
+    assert doing(control, state, 5, overdue=1, work=(1, 10)) == 0
+
+
 def test_no_more_rounds_begin_than_are_wanted() -> None:
     (control, peers), state = region(overlap=9), run(fragments=3, rounds=2).state
     assert doing(control, state, 4, {0: 8, 1: 4}) == "step" and peers.posted == []
@@ -174,4 +187,4 @@ def test_with_boundary_steps_it_keeps_to_its_own() -> None:
 def test_entries_come_before_snapshots_and_steps() -> None:
     (control, peers), state = region(), run().state
     peers.commands = Commands(entries=[b"{}"])
-    assert control.next(state, Status(4, 0, {}, 40)) == Order(entries=["{}"])
+    assert control.next(state, Status(4, 0, {}, 40, [4])) == Order(entries=["{}"])

@@ -259,7 +259,7 @@ def test_a_member_that_dies_in_the_middle_is_named_and_the_others_go_on(cluster:
 
 
 def test_a_member_that_stalls_is_named_and_the_others_go_on(cluster: Make) -> None:
-    c = cluster((1, 2, 1), 60 * BLOCK, stall=0.5)
+    c = cluster((1, 2, 1), 60 * BLOCK, stall=2.0)
     victim = gate(c, 1)
     c.start("a", range(3))
     assert c.ended("a", [0, 2])
@@ -476,6 +476,26 @@ def test_a_contribution_that_is_not_finite_never_leaves(cluster: Make) -> None:
     c.start("a", range(2))
     assert c.ended("a", [0, 1])
     assert c.members[0][0].outcomes["a"].digests is None
+
+
+class Liar:
+    """A contribution that was not checked where it was made."""
+
+    def __init__(self, honest: Contribution) -> None:
+        self.honest = honest
+
+    def read(self, first: int, last: int) -> Tensor:
+        return torch.full_like(self.honest.read(first, last), 0xFF)  # NaN scales
+
+
+def test_a_member_that_sends_what_is_not_finite_is_named(cluster: Make) -> None:
+    c = cluster((1, 1, 1), 60 * BLOCK)
+    c.members[1][0].exchanger.offer(KEY, Liar(c.contribution(1, 0)))
+    c.start("a", range(3))
+    assert c.ended("a", [0, 2])
+    assert all(c.members[k][0].outcomes["a"].suspects == {c.names[1]} for k in (0, 2))
+    c.start("b", [0, 2])
+    c.assert_result("b", [0, 2])
 
 
 def test_links_outlive_attempts_and_come_back(cluster: Make) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diloco.averaging import Averaging
 from diloco.codec import CODECS
 from diloco.fragments import BLOCK, Fragment, Slot, block_digests, digest, group_parameters
-from elastic.plan import cells, chunks, rank_blocks
+from elastic.plan import cells, chunks, ownership, rank_blocks
 
 WORLD = st.integers(1, 9)
 BLOCKS = st.integers(1, 40)
@@ -130,7 +130,7 @@ def test_rank_slices_partition_the_blocks(blocks: int, world: int) -> None:
 
 @given(BLOCKS, st.lists(WORLD, min_size=1, max_size=4))
 def test_cells_refine_every_members_slices(blocks: int, worlds: list[int]) -> None:
-    found = cells(blocks, worlds)
+    found = cells(blocks, worlds, ownership([1.0] * len(worlds)))
     assert [b for cell in found for b in range(cell.first, cell.last)] == list(range(blocks))
     for cell in found:
         assert cell.first < cell.last and len(cell.ranks) == len(worlds)
@@ -146,7 +146,7 @@ def test_cells_refine_every_members_slices(blocks: int, worlds: list[int]) -> No
 
 def test_golden_cells() -> None:
     """Ten blocks in regions of 4, 1 and 3 ranks."""
-    found = cells(10, [4, 1, 3])
+    found = cells(10, [4, 1, 3], ownership([1.0] * 3))
     assert [(c.first, c.last, c.ranks) for c in found] == [
         (0, 2, (0, 0, 0)),
         (2, 3, (1, 0, 0)),
@@ -156,7 +156,7 @@ def test_golden_cells() -> None:
         (7, 10, (3, 0, 2)),
     ]
     assert [found[-1].owned(m) for m in range(3)] == [(7, 8), (8, 9), (9, 10)]
-    assert [found[0].owned(m) for m in range(3)] == [(0, 0), (0, 1), (1, 2)]
+    assert [found[0].owned(m) for m in range(3)] == [(0, 1), (1, 1), (1, 2)]
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 8))

@@ -246,7 +246,9 @@ def arithmetic_digest() -> str:
                 found.update(theta.tobytes() + momentum.tobytes())
     for n in SIZES:
         planes = [torch.from_numpy(normal(n + k, n)) for k in range(4)]
-        adamw(planes[0], planes[1], planes[2].square_(), planes[3], AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1, 3, 0.7), decay=True)
+        adamw(
+            planes[0], planes[1], planes[2].square_(), planes[3], AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1, 3, 0.7), decay=True
+        )
         found.update(b"".join(plane.numpy().tobytes() for plane in planes[:3]))
     return found.hexdigest()
 
