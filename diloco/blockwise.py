@@ -50,8 +50,6 @@ class Codec(ABC):
     cut and joined like plain arrays. Decoding rounds at most once per operation: the same bits on every machine."""
 
     name: str
-    format: str
-    """What both ends must have in common to understand each other: the name, and parameters that are not fixed by it."""
     gathers = False
     """Sparse: contributions are gathered and summed when decoded, never encoded again."""
 

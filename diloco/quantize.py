@@ -95,7 +95,7 @@ def dequantize4_accumulate(scales: Tensor, values: Tensor, weight: Tensor, total
 class NoCompression(Dense):
     """fp32 as it is: 4 bytes per parameter."""
 
-    name = format = "none"
+    name = "none"
     value, packed = torch.float32, 4
 
     def __init__(self) -> None:
@@ -109,14 +109,14 @@ class NoCompression(Dense):
 class Bf16(NoCompression):
     """Rounded to bf16, half to even: 2 bytes per parameter."""
 
-    name = format = "bf16"
+    name = "bf16"
     value, packed = torch.bfloat16, 2
 
 
 class Int8(Dense):
     """1 + 4 / 256 bytes per parameter: n elements of a block take n + 4 * ceil(n / 256)."""
 
-    name = format = "int8"
+    name = "int8"
     group, scale, value, packed = 256, torch.float32, torch.int8, 256
 
     def __init__(self, rounding: str = "nearest") -> None:
@@ -128,7 +128,7 @@ class Int8(Dense):
 class Int4(Dense):
     """(32 + 2) / 64 = 0.53125 bytes per parameter: n elements of a block take 34 * ceil(n / 64)."""
 
-    name = format = "int4"
+    name = "int4"
     group, scale, value, packed = 64, torch.bfloat16, torch.uint8, 32
 
     def __init__(self, rounding: str = "nearest") -> None:

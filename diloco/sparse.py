@@ -27,7 +27,6 @@ class TopK(Codec):
     4 + ceil(3 k / 2) + ceil(k / 4) bytes."""
 
     name = "topk"
-    format = f"topk-{K}/{CHUNK}"
     gathers = True
 
     def block_size(self, length: int) -> int:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,8 @@ class Region:
                 stream.send(data)
             except BlockingIOError:
                 time.sleep(0.001)
-            try:
+            with suppress(BlockingIOError):
                 answer += stream.recv(100)
-            except BlockingIOError:
-                pass
         stream.close()
         return {"rate": json.loads(answer)}
 

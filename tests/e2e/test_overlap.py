@@ -15,7 +15,7 @@ from tests.e2e.test_trajectories import Wire, check, load, merged
 
 DECAY = 0.9
 SETTINGS = ["outer.fragments=2", "outer.sync_every=8", "outer.max_overlap_steps=7", "inner.lr=1e-3", "codec=int4"]
-SETTINGS += ["++codec.error_feedback=true", f"++codec.feedback_decay={DECAY}", "run.report_every=1"]
+SETTINGS += ["codec.error_feedback=true", f"codec.feedback_decay={DECAY}", "run.report_every=1"]
 ROUNDS = 20
 SLOW = 5
 """Inner steps that an exchange takes: more than lie between two boundaries."""

@@ -183,7 +183,7 @@ def test_error_feedback_and_sparse_codecs_equal_numpy(
 ) -> None:
     """Two fragments in flight: residuals change when a contribution is used, and only then."""
     rounds, record = 7, tmp_path / "record"
-    overrides = [f"codec={codec}", f"++codec.rounding={rounding}", f"++codec.error_feedback={decay is not None}"]
+    overrides = [f"codec={codec}", f"codec.rounding={rounding}", f"codec.error_feedback={decay is not None}"]
     overrides += ["outer.fragments=2", "outer.sync_every=6", "outer.max_overlap_steps=5", "inner.lr=1e-3"]
-    train(cluster, record, regions, rounds, *overrides, f"++codec.feedback_decay={decay or 1.0}", slow=4)
+    train(cluster, record, regions, rounds, *overrides, f"codec.feedback_decay={decay or 1.0}", slow=4)
     check(cluster, record, list(regions), rounds, Wire(codec, rounding, decay))
