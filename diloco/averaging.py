@@ -82,8 +82,8 @@ class Contribution:
         at = first
         while at < last:
             with self._changed:
-                stop, free = at, self._todo - self._doing
-                while stop < min(last, at + CHUNK) and stop in free:
+                stop = at
+                while stop < min(last, at + CHUNK) and stop in self._todo and stop not in self._doing:
                     stop += 1
                 self._doing.update(range(at, stop))
             if stop > at:

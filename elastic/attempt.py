@@ -6,20 +6,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic.links import EARLY, Frame, Link, Parcel, Rank
+from elastic.links import Frame, Link, Parcel, Rank
+from elastic.order import Arithmetic, Contribution, Order, Outcome
 from elastic.plan import cells, chunks, rank_blocks
+from elastic.side import Side
 from elastic.wire import Message, WireError
-
-Key = tuple[int, int, int]
-"""(epoch, fragment, base): what a contribution was made for."""
 
 CHUNK = 128 << 10
 """Bytes of a message, about: every stream carries one at a time, so a chunk is complete, and its sum can be on its way, after
@@ -30,118 +28,10 @@ WINDOW = 32 << 20
 """Bytes of one peer rank's parts that may be on their way or wait here for other members' parts."""
 TICK = 0.05
 """Seconds between two looks at rates and deadlines."""
-PATIENCE = 3.0
-"""Seconds of silence that are nothing special on any link: a few retransmissions, a busy machine."""
-LATE = 8
-"""So many times longer than the measured rate lets expect may a chunk take."""
-
-
-class Contribution(Protocol):
-    """A rank's contribution to a round."""
-
-    def read(self, first: int, last: int) -> Tensor:
-        """The encoded bytes (uint8) of the blocks [first, last): encoded when first asked for, by any thread, the same
-        ever after. Raises FloatingPointError on what must not leave the region."""
-        ...
-
-
-class Arithmetic(Protocol):
-    """What the exchange needs to know of fragments and codecs."""
-
-    @property
-    def gathers(self) -> bool:
-        """Contributions are not reduced: the result is all of them."""
-        ...
-
-    def blocks(self, fragment: int) -> int: ...
-    def size(self, fragment: int, first: int, last: int) -> int:
-        """Encoded bytes of the blocks [first, last)."""
-        ...
-
-    def result_size(self, fragment: int, first: int, last: int, members: int) -> int:
-        """The same of a result."""
-        ...
-
-    def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The result for these blocks from the members' parts (uint8), in the order given. Raises NotFinite."""
-        ...
-
-    def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int) -> bytes:
-        """32 bytes a block of a result."""
-        ...
-
-
-@dataclass(frozen=True)
-class Party:
-    """A member of an attempt: its weight, and the endpoints of its ranks."""
-
-    member: str
-    endpoints: tuple[str, ...]
-    weight: float
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to exchange; the same for all members of the attempt but for `me`."""
-
-    attempt: str
-    key: Key
-    parties: tuple[Party, ...]
-    shares: tuple[int, ...]
-    """Of the blocks that each member reduces: `elastic.plan.ownership`."""
-    me: int
-
-    def message(self) -> Message:
-        parties = [[p.member, list(p.endpoints), p.weight] for p in self.parties]
-        fields = {"key": list(self.key), "parties": parties, "shares": list(self.shares), "me": self.me}
-        return {"type": "start", "attempt": self.attempt, **fields}
-
-
-def parse_order(message: Message) -> Order:
-    epoch, fragment, base = message["key"]
-    parties = tuple(Party(m, tuple(e), float(w)) for m, e, w in message["parties"])
-    return Order(message["attempt"], (epoch, fragment, base), parties, tuple(message["shares"]), message["me"])
-
-
-@dataclass
-class Outcome:
-    """How an attempt ended at this rank. digests: of the result's blocks in this rank's slice, None if it failed."""
-
-    attempt: str
-    digests: bytes | None
-    suspects: frozenset[str] = frozenset()
-    reason: str = ""
-    sent: int = 0
-    received: int = 0
-    seconds: float = 0.0
-    """From the start to the whole result."""
-    up: float = 0.0
-    down: float = 0.0
-    """The rates, bytes/s, that this rank's links have been seen to carry; 0: not known."""
 
 
 class Cancelled(Exception):
     """The attempt has failed, or was given up by rank 0."""
-
-
-@dataclass
-class Side:
-    """This rank's dealings with one rank of another member in one attempt."""
-
-    member: int
-    parts: list[tuple[int, int]] = field(default_factory=list)
-    """Chunks that the peer reduces, in the order in which they are sent."""
-    queued: int = 0
-    """How many of them are with the link."""
-    granted: int = 0
-    """How many of them the peer lets us send."""
-    reduced: int = 0
-    """How many chunks of ours that need its part are done."""
-    allowed: int = 0
-    """How many parts we let it send."""
-    received: int = 0
-    """Bytes of parts and sums."""
-    link: Link | None = None
 
 
 class Attempt:
@@ -156,7 +46,8 @@ class Attempt:
         self.arithmetic, self.contribution = arithmetic, contribution
         self.changed = threading.Condition()
         self.failed: Outcome | None = None
-        self.received = self.sent = self.unsent = 0
+        self.received = 0
+        """Bytes of parts and sums."""
         self.parts: dict[int, dict[int, Tensor]] = {}
         """First block of a chunk that this rank reduces -> member -> part."""
         self.held = self.peak = 0
@@ -179,7 +70,11 @@ class Attempt:
         self.chunk = min(max(round(CHUNK / self.arithmetic.size(fragment, 0, 1)), 1), MAX_CHUNK)
         """Blocks in a message."""
         self.others = [k for k in range(members) if k != me]
-        self.sides = {self._peer(k, c.ranks[k]): Side(k) for c in mine for k in self.others}
+        size = self.arithmetic.size(fragment, 0, min(self.chunk, self.blocks))
+        self.window = max(WINDOW // size, 1)
+        """Parts of a peer rank that may be on their way or wait here."""
+        pairs = {(k, c.ranks[k]) for c in mine for k in self.others}
+        self.sides = {self._peer(k, rank): Side(k, size, self.stall, self.begun) for k, rank in sorted(pairs)}
         self.end: dict[int, int] = {}
         self.peers: dict[int, list[Rank]] = {}
         """First block of any chunk in this slice -> the other members' ranks that have it, too."""
@@ -193,8 +88,11 @@ class Attempt:
                     self.owner[a] = me if self.arithmetic.gathers else k
                     if k != me:
                         self.sides[self._peer(k, cell.ranks[k])].parts.append((a, b))
+                        self.sides[self._peer(k, cell.ranks[k])].sums += not self.arithmetic.gathers
         self.due = {a: set(self.others) for a, k in self.owner.items() if k == me}
         """Chunks that this rank reduces -> members whose part has not come."""
+        for peer in (peer for a in self.due for peer in self.peers[a]):
+            self.sides[peer].expected += 1
         self.missing = {a for a, k in self.owner.items() if k != me}
         """Chunks of the result that other members still owe."""
         self.result = torch.empty(self.result_size(self.first, self.last), dtype=torch.uint8)
@@ -214,47 +112,39 @@ class Attempt:
     def part_size(self, first: int) -> int:
         return self.arithmetic.size(self.order.key[1], first, self.end[first])
 
-    @property
-    def window(self) -> int:
-        """Parts of a peer rank that may be on their way or wait here."""
-        return max(WINDOW // self.chunk_size, 1)
-
-    @property
-    def chunk_size(self) -> int:
-        """Encoded bytes of a chunk that is not a cell's last."""
-        return self.arithmetic.size(self.order.key[1], 0, min(self.chunk, self.blocks))
-
     # Sending
 
-    def open(self, links: dict[Rank, Link]) -> None:
-        """From now on this attempt talks: it grants every peer its first parts, and sends its own first ones."""
-        for peer, side in self.sides.items():
-            side.link = links[peer]
+    def open(self, peer: Rank, link: Link) -> None:
+        """From now on this attempt talks to `peer`: it allows it its first parts, and sends its own first ones."""
+        with self.changed:
+            if link.broken:
+                self.fail(frozenset([peer[0]]), f"the exchange with {peer[0]} broke: {link.broken}")
+            if self.failed is not None:
+                return link.put(self._farewell(self.failed))
+            side = self.sides[peer]
+            side.open(link)
             self._allow(side)
-            self._grant(side, max(EARLY // self.chunk_size, 1))
+            self._send_parts(side)
 
     def _allow(self, side: Side) -> None:
         """Lets the peer send on once a good part of its window is free."""
         upto = side.reduced + self.window
-        if side.link is not None and upto - side.allowed >= max(self.window // 4, 1):
-            side.allowed = upto
-            self._put(side.link, lambda: ({"type": "credit", "attempt": self.order.attempt, "parts": upto}, b""))
+        if upto - side.allowed >= max(self.window // 4, 1):
+            side.allowed, side.allowed_at = upto, time.monotonic()
+            self._put(side, lambda: ({"type": "credit", "attempt": self.order.attempt, "parts": upto}, b""))
 
-    def _grant(self, side: Side, upto: int) -> None:
-        side.granted = max(side.granted, upto)
-        while side.link is not None and side.queued < min(side.granted, len(side.parts)):
-            self._put(side.link, partial(self._part_frame, *side.parts[side.queued]))
+    def _send_parts(self, side: Side) -> None:
+        while side.queued < min(side.granted, len(side.parts)):
+            self._put(side, partial(self._part_frame, *side.parts[side.queued]))
             side.queued += 1
 
     def pass_on(self, first: int) -> None:
         """A chunk is reduced: its sum goes to the others, and their window moves."""
         last = self.end[first]
-        for peer in self.peers[first]:
-            side = self.sides[peer]
-            assert side.link is not None
-            if not self.arithmetic.gathers:
-                self._put(side.link, partial(self._frame, "sum", first, last, self.cut(first, last)))
-            with self.changed:
+        with self.changed:
+            for side in (self.sides[peer] for peer in self.peers[first]):
+                if not self.arithmetic.gathers:
+                    self._put(side, partial(self._frame, "sum", first, last, self.cut(first, last)))
                 side.reduced += 1
                 self._allow(side)
 
@@ -274,20 +164,33 @@ class Attempt:
         message = {"type": kind, "attempt": self.order.attempt, "first": first, "last": last}
         return message, data.numpy().data
 
-    def _put(self, link: Link, build: Callable[[], Frame | None]) -> None:
+    def _put(self, side: Side, build: Callable[[], Frame | None]) -> None:
         def unless_failed() -> Frame | None:
-            return None if self.failed is not None else build()
+            try:
+                return None if self.failed is not None else build()
+            except Exception as error:  # a bug: the attempt ends, the stream does not
+                self.fail(frozenset(), f"the exchange broke: {error!r}")
+                return None
 
-        with self.changed:
-            self.unsent += 1
-        link.put(Parcel(unless_failed, self._count))
+        side.put(unless_failed, self._gone)
 
-    def _count(self, nbytes: int) -> None:
+    def _gone(self, side: Side, nbytes: int) -> None:
         with self.changed:
-            self.sent += nbytes
-            self.unsent -= 1
-            if not self.unsent:
+            side.sent += nbytes
+            side.unsent -= 1
+            side.moved_at = time.monotonic()
+            if not side.unsent:
                 self.changed.notify_all()
+
+    @property
+    def sent(self) -> int:
+        """Bytes, frames included."""
+        return sum(side.sent for side in self.sides.values())
+
+    @property
+    def unsent(self) -> int:
+        """Frames that are with the links."""
+        return sum(side.unsent for side in self.sides.values())
 
     # Receiving
 
@@ -302,7 +205,9 @@ class Attempt:
             return self.fail(suspects, f"{peer[0]} gave up on {', '.join(sorted(suspects)) or 'the attempt'}")
         with self.changed:
             if kind == "credit":
-                self._grant(side, int(message["parts"]))
+                side.granted = max(side.granted, int(message["parts"]))
+                side.pay_back()
+                self._send_parts(side)
             elif kind == "part":
                 self._part(peer, side, message["first"], payload)
             elif kind == "sum":
@@ -311,13 +216,19 @@ class Attempt:
                 raise WireError("a frame of no known kind")
             self.received += len(payload)
             side.received += len(payload)
+            side.progress_at = time.monotonic()
+            if side.link is not None:
+                side.link.newest = max(side.link.newest, self.begun)
             self.changed.notify_all()
 
     def _part(self, peer: Rank, side: Side, first: Any, payload: bytearray) -> None:
         due = self.due.get(first, set()) if type(first) is int else set()
         if side.member not in due or peer not in self.peers[first] or len(payload) != self.part_size(first):
             raise WireError("a part that the sender does not owe")
+        if not side.may_send:
+            raise WireError("a part that the sender was not allowed yet")
         due.discard(side.member)
+        side.came += 1
         self.parts.setdefault(first, {})[side.member] = torch.frombuffer(payload, dtype=torch.uint8)
         self.held += len(payload)
         self.peak = max(self.peak, self.held)
@@ -330,6 +241,7 @@ class Attempt:
             raise WireError("a sum that the sender does not owe")
         self.cut(first, self.end[first]).copy_(torch.frombuffer(payload, dtype=torch.uint8))
         self.missing.discard(first)
+        side.sums -= 1
 
     def next_whole(self, tick: Callable[[], None]) -> tuple[int, list[Tensor]]:
         """A chunk to reduce and its parts in member order. Raises Cancelled."""
@@ -353,10 +265,19 @@ class Attempt:
                 return
             self.failed = Outcome(self.order.attempt, None, suspects, reason)
             self.changed.notify_all()
-        message = {"type": "failed", "attempt": self.order.attempt, "suspects": sorted(suspects)}
-        for side in self.sides.values():
-            if side.link is not None:
-                side.link.put(Parcel(lambda: (message, b""), lambda nbytes: None))
+            for side in self.sides.values():
+                if side.link is not None:
+                    side.link.put(self._farewell(self.failed))
+
+    def _farewell(self, failed: Outcome) -> Parcel:
+        message = {"type": "failed", "attempt": self.order.attempt, "suspects": sorted(failed.suspects)}
+        return Parcel(lambda: (message, b""), lambda nbytes: None)
+
+    def close(self) -> None:
+        """It has ended, one way or the other."""
+        with self.changed:
+            for side in self.sides.values():
+                side.close()
 
     def wait(self, ready: Callable[[], bool], tick: Callable[[], None] | None = None) -> None:
         """Until `ready`. Raises Cancelled once the attempt has failed, for instance of a peer's silence."""
@@ -372,11 +293,12 @@ class Attempt:
                 raise Cancelled
 
     def _look(self) -> None:
-        if late := self._late(time.monotonic()):
+        now = time.monotonic()
+        if late := self._late(now):
             self.silent = [side.link for side in late if side.link is not None]
-            seconds = max(self.patience(side) for side in late)
+            seconds = max(now - max(self.begun, side.progress_at) for side in late)
             members = frozenset(self.order.parties[side.member].member for side in late)
-            self.fail(members, f"nothing came from {', '.join(sorted(members))} for {seconds:.1f} s")
+            self.fail(members, f"no progress with {', '.join(sorted(members))} for {seconds:.1f} s")
 
     def pause(self, seconds: float) -> None:
         """Raises Cancelled if the attempt fails meanwhile."""
@@ -384,21 +306,12 @@ class Attempt:
             if self.changed.wait_for(lambda: self.failed is not None, seconds):
                 raise Cancelled
 
-    def patience(self, side: Side) -> float:
-        """Seconds of silence after which a peer rank is given up: what a chunk takes at its measured rate, many times."""
-        if side.link is None or not side.link.rate:
-            return self.stall
-        return min(PATIENCE + LATE * self.chunk_size / side.link.rate, self.stall)
-
     def _late(self, now: float) -> list[Side]:
-        """Who has been silent for too long and owes parts; sums may wait for a third one's parts, so only if nobody owes
-        parts is it who owes sums, after as long again."""
-        owing = {k for due in self.due.values() for k in due}
-        late = [side for side in self.sides.values() if side.member in owing and self._silent(side, now, 1)]
-        if late or owing:
-            return late
-        owing = {self.owner[a] for a in self.missing}
-        return [side for side in self.sides.values() if side.member in owing and self._silent(side, now, 2)]
-
-    def _silent(self, side: Side, now: float, times: int) -> bool:
-        return side.link is not None and now - max(side.link.heard, self.begun) > times * self.patience(side)
+        """Who owes parts and may send them, and has been silent for too long. Sums may wait for a third one's parts: only if
+        nobody owes parts is it who owes sums, after much longer. At last, who does not take what is sent."""
+        owing = [side for side in self.sides.values() if side.owes_parts]
+        if owing:
+            return [side for side in owing if side.may_send and side.late(now, side.patience())]
+        if owing := [side for side in self.sides.values() if side.sums]:
+            return [side for side in owing if side.late(now, 2 * self.stall)]
+        return [side for side in self.sides.values() if side.blocked(now)]

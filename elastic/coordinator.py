@@ -18,13 +18,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from elastic import rounds
-from elastic.attempt import Order, Outcome, Party
 from elastic.node import Node, Refused
+from elastic.order import Order, Outcome, Party
 from elastic.plan import WHOLE, ownership
 from elastic.ranks import Ranks
 from elastic.wire import Connection, Message, WireError
 
 TICK = 0.25
+REMEMBERED = 50
+"""Attempts whose outcomes are kept for who reports on them."""
 POLL = 2.0
 """Seconds between two looks at the journal while nobody points at a new entry."""
 
@@ -291,6 +293,8 @@ class Coordinator(threading.Thread):
             self._feed(rounds.ExchangeFailed(outcome.attempt, outcome.suspects))
         elif (done := self.ranks.complete(outcome.attempt)) is not None:
             self.outcomes[outcome.attempt] = done
+            for old in list(self.outcomes)[:-REMEMBERED]:
+                del self.outcomes[old]
             self.rates = {"up": int(sum(o.up for o in done)), "down": int(sum(o.down for o in done))}
             digest = self.combine(b"".join(o.digests or b"" for o in done))
             self._feed(rounds.Exchanged(outcome.attempt, digest))

@@ -16,11 +16,12 @@ from functools import partial
 
 from torch import Tensor
 
-from elastic.attempt import Arithmetic, Attempt, Cancelled, Contribution, Key, Order, Outcome
-from elastic.links import Link, Links, Rank, open_all
+from elastic.attempt import Attempt, Cancelled
+from elastic.links import Link, Links, Rank
 from elastic.node import Node
+from elastic.order import Arithmetic, Contribution, Key, Order, Outcome
 from elastic.plan import NotFinite
-from elastic.wire import Message
+from elastic.wire import NONSENSE, Message
 
 REMEMBERED = 1000
 """Ended attempts whose late frames are recognized."""
@@ -60,7 +61,11 @@ class Exchanger:
                 self._close(order.attempt)
         if offer is None:  # the round was decided while the order was on its way
             return self.on_outcome(Outcome(order.attempt, None, reason="cancelled"))
-        attempt = Attempt(order, self.rank, self.arithmetic, offer, self.stall)
+        try:
+            attempt = Attempt(order, self.rank, self.arithmetic, offer, self.stall)
+        except (*NONSENSE, MemoryError) as error:
+            print(f"round: an exchange cannot begin: {error!r}", flush=True)
+            return self.on_outcome(Outcome(order.attempt, None, reason=f"it cannot begin: {error!r}"))
         with self._lock:
             self._attempts[order.attempt] = attempt
             early = [(link, frame) for link in self.links.all() for frame in link.take_early(order.attempt)]
@@ -75,6 +80,11 @@ class Exchanger:
             attempt = self._attempts.get(attempt_id)
         if attempt is not None:
             attempt.fail(frozenset(), "cancelled")
+
+    def drop(self, attempt_id: str) -> None:
+        """Another rank of this region failed: the region does not hold the result, so it will not be committed."""
+        with self._lock:
+            self._results.pop(attempt_id, None)
 
     def result(self, attempt_id: str) -> Tensor | None:
         """This rank's slice of the encoded result (uint8), if held."""
@@ -116,7 +126,9 @@ class Exchanger:
         order = attempt.order
         self._transfer(attempt)
         seconds = time.monotonic() - attempt.begun
-        self._measure(attempt, seconds)
+        for side in attempt.sides.values():
+            if side.link is not None and side.received:
+                side.link.rate = side.received / seconds  # by it, the peer's silence is judged the next time
         slices = (attempt.first, attempt.last, attempt.result)
         digests = self.arithmetic.digests(order.key[1], *slices, len(order.parties))
         if order.me == 0 and attempt.first < attempt.last:
@@ -125,6 +137,7 @@ class Exchanger:
 
     def _end(self, attempt: Attempt, outcome: Outcome) -> None:
         order, meter = attempt.order, self.links.meter
+        meter.end()
         outcome.sent, outcome.received = attempt.sent, attempt.received
         outcome.up, outcome.down = meter.up, meter.down
         with self._lock:
@@ -132,6 +145,7 @@ class Exchanger:
                 self._results[order.attempt] = (order.key, attempt.result)
             self._attempts.pop(order.attempt)
             self._close(order.attempt)
+        attempt.close()
         self.on_outcome(outcome)
 
     def _transfer(self, attempt: Attempt) -> None:
@@ -157,27 +171,19 @@ class Exchanger:
         attempt.fail(frozenset([name] if name else []), f"the contribution of {name or 'all together'} is not finite")
 
     def _open(self, attempt: Attempt) -> None:
-        """The links that the attempt needs. Raises Cancelled if one of them cannot be had."""
+        """Gets the links that the attempt needs, side by side; it talks on each as soon as it stands."""
         order = attempt.order
         reachable = bool(order.parties[order.me].endpoints[self.rank])
 
-        def get(peer: Rank, member: int) -> Link:
-            endpoint = order.parties[member].endpoints[peer[1]]
-            return self.links.get(peer, endpoint, reachable, self.stall)
+        def get(peer: Rank, endpoint: str) -> None:
+            try:
+                attempt.open(peer, self.links.get(peer, endpoint, reachable, self.stall))
+            except (OSError, ValueError) as error:  # ValueError: an endpoint that is none
+                attempt.fail(frozenset([peer[0]]), f"no connection to {peer[0]}: {error}")
 
-        def failed(peer: Rank, error: OSError) -> None:
-            attempt.fail(frozenset([peer[0]]), f"no connection to {peer[0]}: {error}")
-
-        links = open_all({peer: partial(get, peer, side.member) for peer, side in attempt.sides.items()}, failed)
-        attempt.wait(lambda: len(links) == len(attempt.sides))
-        attempt.open(links)
-
-    def _measure(self, attempt: Attempt, seconds: float) -> None:
-        """What came from each peer per second: by it, its silence is judged the next time."""
-        self.links.meter.end()
-        for side in attempt.sides.values():
-            if side.link is not None and side.received:
-                side.link.rate = side.received / seconds
+        for peer, side in attempt.sides.items():
+            endpoint = order.parties[side.member].endpoints[peer[1]]
+            threading.Thread(target=get, args=(peer, endpoint), name="exchange-open", daemon=True).start()
 
     def _keep(self, attempt: Attempt) -> None:
         while self.keep is not None:
@@ -207,12 +213,12 @@ class Exchanger:
     def _early(self, attempt: Attempt, link: Link, message: Message, payload: bytearray) -> None:
         try:
             attempt.handle(link.peer, message, payload)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, *NONSENSE) as error:
             self.node.refusals += 1
             link.close(f"a frame that makes no sense: {error!r}")
 
     def _link_ended(self, link: Link, reason: str) -> None:
         with self._lock:
-            concerned = [a for a in self._attempts.values() if link.peer in a.sides]
+            concerned = [a for a in self._attempts.values() if link.peer in a.sides and a.sides[link.peer].link is link]
         for attempt in concerned:
             attempt.fail(frozenset([link.peer[0]]), f"the exchange with {link.peer[0]} broke: {reason}")

@@ -12,11 +12,13 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 from elastic.lighthouse import host_port
 from elastic.node import HANDSHAKE_TIMEOUT
+from elastic.tcp import keep_alive
 from elastic.wire import Connection, Message
 
 PIECE = 1 << 18
@@ -35,10 +37,13 @@ class Gateway:
 
     def serve(self) -> None:
         """Until `close`."""
-        with suppress(OSError):  # closed
-            while True:
+        while self._server.fileno() >= 0:
+            try:
                 connection = Connection(self._server.accept()[0])
+                keep_alive(connection.sock)
                 threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError):
+                time.sleep(0.05)  # closed; or there are too many files or threads: that passes
 
     def close(self) -> None:
         with suppress(OSError):

@@ -13,18 +13,23 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from elastic import tcp
-from elastic.node import HANDSHAKE_TIMEOUT, Node
-from elastic.wire import Connection, Message
+from elastic.node import Node
+from elastic.wire import NONSENSE, Connection, Message
 
 Rank = tuple[str, int]
 """(member, rank): one end of a link."""
 Frame = tuple[Message, memoryview | bytes]
 EARLY = 4 << 20
 """Bytes of an attempt that a rank may send before its peer has said that it takes part, too: less than a round trip's worth
-need not wait. As much of unknown attempts is kept per link, the newest."""
+need not wait. Twice as much of unknown attempts is kept per link, the newest."""
+MAX_HEADER = 4 << 10
+"""Bytes of JSON in a frame of an exchange."""
+FRAME = 2 * MAX_HEADER
+"""Bytes that a kept frame counts for besides its payload."""
+ARRIVAL = 5.0
+"""Seconds that a further stream may come before the first one of its link."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Link:
         """When the last frame came."""
         self.rate = 0.0
         """Bytes/s that came over it in the last exchange; 0: not known."""
+        self.newest = 0.0
+        """When the newest attempt began of those that frames came for."""
         self.broken = ""
         self.wanted = 1
         """Streams that were dialled, or are being."""
         self.early: OrderedDict[str, list[tuple[Message, bytearray]]] = OrderedDict()
         """attempt -> what came for it before it began here."""
-        self._early_bytes = 0
+        self._early_bytes = self._lent = 0
         self._on_frame, self._on_end = on_frame, on_end
         self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -78,18 +85,38 @@ class Link:
             self.broken = reason
         for stream in self.streams:
             stream.close()
+        self.early.clear()
+        with suppress(queue.Empty):
+            while True:  # what they hold is not needed any more
+                self._parcels.get_nowait()
+        for _ in self.streams:
             self._parcels.put(None)
         self._on_end(self, reason)
 
+    def lend(self, nbytes: int) -> int:
+        """How many of so many bytes may be sent before the peer has said that it takes part: all attempts on this link together
+        `EARLY`, since it has to keep them."""
+        with self._lock:
+            lent = max(min(nbytes, EARLY - self._lent), 0)
+            self._lent += lent
+            return lent
+
+    def pay_back(self, nbytes: int) -> None:
+        with self._lock:
+            self._lent -= nbytes
+
     def keep_early(self, attempt: str, message: Message, payload: bytearray) -> None:
+        """A frame of an attempt that has not begun here. Of one that has failed there, only that is kept."""
+        if message["type"] == "failed":
+            self.take_early(attempt)
         self.early.setdefault(attempt, []).append((message, payload))
-        self._early_bytes += len(payload)
+        self._early_bytes += len(payload) + FRAME
         while self._early_bytes > 2 * EARLY:
             self.take_early(next(iter(self.early)))
 
     def take_early(self, attempt: str) -> list[tuple[Message, bytearray]]:
         frames = self.early.pop(attempt, [])
-        self._early_bytes -= sum(len(payload) for _, payload in frames)
+        self._early_bytes -= sum(len(payload) + FRAME for _, payload in frames)
         return frames
 
     def _send(self, connection: Connection) -> None:
@@ -103,10 +130,10 @@ class Link:
     def _receive(self, connection: Connection) -> None:
         try:
             while True:
-                message, payload = connection.receive()
+                message, payload = connection.receive(MAX_HEADER)
                 self.heard = time.monotonic()
                 self._on_frame(self, message, payload)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, *NONSENSE) as error:
             self.close(str(error) if isinstance(error, OSError) else f"a frame that makes no sense: {error!r}")
             raise  # the node counts what it has to
 
@@ -141,10 +168,14 @@ class Links:
         if not endpoint and not reachable:
             raise ConnectionError(f"neither {self.node.identity.member} nor {peer[0]} can be dialled")
         if endpoint and (not reachable or self.node.identity.member < peer[0]):
-            with self._dialling[peer]:
+            if not self._dialling[peer].acquire(timeout=timeout):
+                raise TimeoutError(f"{peer[0]} at {endpoint} does not answer")
+            try:
                 link = self._links.get(peer) or self._dial(peer, endpoint)
                 self._widen(link, endpoint)
                 return link
+            finally:
+                self._dialling[peer].release()
         with self._changed:
             if not self._changed.wait_for(lambda: peer in self._links, timeout):
                 raise TimeoutError(f"{peer[0]} did not connect in {timeout:.0f} s")
@@ -152,13 +183,13 @@ class Links:
 
     def _dial(self, peer: Rank, endpoint: str) -> Link:
         link = Link(peer, secrets.token_hex(8), self._on_frame, self._ended)
-        connection = self._connect(link, endpoint)
+        connection = self._connect(link, endpoint, further=False)
         self._register(link)
         self._start(link, connection)
         return link
 
-    def _connect(self, link: Link, endpoint: str) -> Connection:
-        connection, hello = self.node.dial(endpoint, "data", link=link.ident)
+    def _connect(self, link: Link, endpoint: str, further: bool) -> Connection:
+        connection, hello = self.node.dial(endpoint, "data", link=link.ident, further=further)
         if (hello["member"], hello["rank"]) != link.peer:
             self.node.release(connection)
             raise ConnectionError(f"{endpoint} is {hello['member']} rank {hello['rank']}, not {link.peer[0]}")
@@ -178,8 +209,10 @@ class Links:
             threading.Thread(target=self._add_stream, args=(link, endpoint), name="link-dial", daemon=True).start()
 
     def _add_stream(self, link: Link, endpoint: str) -> None:
-        with suppress(OSError):  # the streams that stand carry everything; if the peer is gone, they tell
-            self._start(link, self._connect(link, endpoint))
+        try:
+            self._start(link, self._connect(link, endpoint, further=True))
+        except OSError:  # the streams that stand carry everything; if the peer is gone, they tell
+            link.wanted -= 1
 
     def _register(self, link: Link) -> None:
         with self._changed:
@@ -193,13 +226,17 @@ class Links:
         """A stream that a peer dialled: of a new link, or one more of a link that stands."""
         peer, ident = (hello["member"], hello["rank"]), str(hello["link"])
         tcp.tune(connection.sock, self.congestion)
+
+        def known() -> bool:
+            return peer in self._links and self._links[peer].ident == ident
+
         with self._changed:
-            link = self._links.get(peer)
-            known = link is not None and link.ident == ident
-        if not known:
+            if hello["further"] and not self._changed.wait_for(known, ARRIVAL):
+                return  # of a link that is gone
+            link = self._links[peer] if known() else None
+        if link is None:
             link = Link(peer, ident, self._on_frame, self._ended)
             self._register(link)
-        assert link is not None
         link.add(connection)
 
     def _ended(self, link: Link, reason: str) -> None:
@@ -207,21 +244,3 @@ class Links:
             if self._links.get(link.peer) is link:
                 del self._links[link.peer]
         self._on_end(link, reason)
-
-
-def open_all(wanted: dict[Rank, Callable[[], Link]], failed: Callable[[Rank, OSError], Any]) -> dict[Rank, Link]:
-    """Opens links side by side. failed: told of each that did not come to be."""
-    found: dict[Rank, Link] = {}
-
-    def one(peer: Rank) -> None:
-        try:
-            found[peer] = wanted[peer]()
-        except OSError as error:
-            failed(peer, error)
-
-    threads = [threading.Thread(target=one, args=(peer,), daemon=True) for peer in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(2 * HANDSHAKE_TIMEOUT)
-    return found

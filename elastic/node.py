@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from elastic.tcp import keep_alive
-from elastic.wire import Connection, Message, WireError
+from elastic.wire import NONSENSE, Connection, Message, WireError
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds for a dialled peer to answer the hello."""
@@ -141,13 +141,13 @@ class Node:
     def _accept(self) -> None:
         while not self._closed:
             try:
-                sock, _ = self._server.accept()
-                connection = Connection(sock)
-            except OSError:
-                time.sleep(0.05)  # closed; or the peer was gone again, or too many files are open: that passes
-                continue
-            serve = partial(self._serve, connection)
-            threading.Thread(target=self.attend, args=(connection, serve), name="node-peer", daemon=True).start()
+                connection = Connection(self._server.accept()[0])
+                serve = partial(self._serve, connection)
+                threading.Thread(target=self.attend, args=(connection, serve), name="node-peer", daemon=True).start()
+            except (OSError, RuntimeError):
+                time.sleep(
+                    0.05
+                )  # closed; or the peer was gone again, or there are too many files or threads: that passes
 
     def attend(self, connection: Connection, serve: Callable[[], None]) -> None:
         """Runs `serve`, which lives as long as the connection, and releases it. What came that is no frame, or makes no
@@ -159,7 +159,7 @@ class Node:
             self.refusals += 1
         except OSError:
             pass  # the peer is gone; who depends on it learns of it from `serve`
-        except (KeyError, TypeError, ValueError):
+        except NONSENSE:
             self.refusals += 1
         finally:
             self.release(connection)

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from elastic.attempt import Order, Outcome, parse_order
 from elastic.exchange import Exchanger
 from elastic.node import Node
+from elastic.order import Order, Outcome, parse_order
 from elastic.wire import Connection, Message
 
 
@@ -59,8 +59,19 @@ class Ranks:
 
     def _report(self, rank: int, outcome: Outcome) -> None:
         with self._lock:
-            self._done.setdefault(outcome.attempt, {})[rank] = outcome
+            done = self._done.setdefault(outcome.attempt, {})
+            done[rank] = outcome
+            lost = len(done) == self._world and any(outcome.digests is None for outcome in done.values())
+            if lost:
+                del self._done[outcome.attempt]
+        if lost:
+            self.drop(outcome.attempt)
         self.on_outcome(rank, outcome)
+
+    def drop(self, attempt: str) -> None:
+        """What some ranks hold of a result that others do not is of no use."""
+        self._tell({"type": "drop", "attempt": attempt})
+        self.exchanger.drop(attempt)
 
 
 def follow(node: Node, exchanger: Exchanger) -> None:
@@ -75,6 +86,8 @@ def follow(node: Node, exchanger: Exchanger) -> None:
             message, _ = connection.receive()
             if message["type"] == "start":
                 exchanger.start(parse_order(message))
+            elif message["type"] == "drop":
+                exchanger.drop(message["attempt"])
             else:
                 exchanger.cancel(message["attempt"])
 

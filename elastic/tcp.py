@@ -6,6 +6,7 @@ import contextlib
 import math
 import socket
 import struct
+import threading
 import time
 import weakref
 from collections import deque
@@ -19,6 +20,8 @@ one stream with megabytes to send when the others are done."""
 KEEPALIVE = (60, 15, 4)
 """Seconds of idleness before a probe, between probes, probes: also keeps address translators from forgetting us between
 two rounds."""
+UNACKNOWLEDGED = 120
+"""Seconds that sent data may stay without an acknowledgement, or a full receiver full."""
 MIN_STREAMS, MAX_STREAMS = 4, 32
 SAMPLE = 0.05
 """Seconds between two looks at the counters."""
@@ -44,7 +47,10 @@ def tune(sock: socket.socket, congestion: str) -> None:
 
 
 def keep_alive(sock: socket.socket) -> None:
+    """Ends a connection to a machine that is gone: while idle by probes, while sending by what stays unacknowledged."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNACKNOWLEDGED)
     for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), KEEPALIVE, strict=True):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -95,8 +101,8 @@ def streams_for(rtt: float, rate: float, buffer: int) -> int:
 
 
 class Meter:
-    """The rates that this rank's links have carried, from the kernel's counters of delivered bytes: the
-    highest over a window, since waiting for others is not slowness."""
+    """The rates that this rank's links have carried, from the kernel's counters of delivered bytes: the highest over a
+    window, since waiting for others is not slowness. Any thread; attempts may overlap."""
 
     def __init__(self) -> None:
         self.up = self.down = 0.0
@@ -105,39 +111,51 @@ class Meter:
         self._totals = (0, 0)
         self._samples: deque[tuple[float, int, int]] = deque()
         self._peaks = (0.0, 0.0)
+        self._active = 0
+        self._lock = threading.Lock()
 
     def begin(self) -> None:
-        self._samples.clear()
-        self._peaks = (0.0, 0.0)
+        """An attempt begins. Each ends."""
+        with self._lock:
+            self._active += 1
+            if self._active == 1:
+                self._samples.clear()
+                self._peaks = (0.0, 0.0)
 
     def sample(self, sockets: Callable[[], Iterable[socket.socket]]) -> None:
         """Call it every `SAMPLE` seconds or so while data flows."""
-        now = time.monotonic()
-        if self._samples and now - self._samples[-1][0] < SAMPLE:
-            return
+        with self._lock:
+            now = time.monotonic()
+            if self._samples and now - self._samples[-1][0] < SAMPLE:
+                return
+            self._totals = self._count(sockets())
+            self._samples.append((now, *self._totals))
+            while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
+                self._samples.popleft()
+            if now - self._samples[0][0] >= WINDOW:
+                self._take_rates()
+
+    def _count(self, sockets: Iterable[socket.socket]) -> tuple[int, int]:
         sent, received = self._totals
-        for sock in sockets():
+        for sock in sockets:
             if (seen := info(sock)) is not None:
                 before = self._last.get(sock, (0, 0))
                 sent, received = sent + max(seen.sent - before[0], 0), received + max(seen.received - before[1], 0)
                 self._last[sock] = (seen.sent, seen.received)
-        self._totals = (sent, received)
-        self._samples.append((now, sent, received))
-        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
-            self._samples.popleft()
-        if now - self._samples[0][0] >= WINDOW:
-            self._take_rates()
+        return sent, received
 
     def _take_rates(self) -> None:
         (then, sent0, received0), (now, sent, received) = self._samples[0], self._samples[-1]
-        up, down = max(sent - sent0, 0) / (now - then), max(received - received0, 0) / (now - then)
+        up, down = (sent - sent0) / (now - then), (received - received0) / (now - then)
         self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
 
     def end(self) -> None:
-        """Takes what was seen since `begin` into the rates."""
-        if self._samples and not any(self._peaks) and self._samples[-1][0] - self._samples[0][0] >= SHORTEST:
-            self._take_rates()
-        self.up, self.down = (
-            max(peak, FADE * old) if peak * SHORTEST >= LEAST else old
-            for peak, old in zip(self._peaks, (self.up, self.down), strict=True)
-        )
+        """Takes what was seen since the first `begin` into the rates."""
+        with self._lock:
+            self._active -= 1
+            if self._samples and not any(self._peaks) and self._samples[-1][0] - self._samples[0][0] >= SHORTEST:
+                self._take_rates()
+            self.up, self.down = (
+                max(peak, FADE * old) if peak * SHORTEST >= LEAST else old
+                for peak, old in zip(self._peaks, (self.up, self.down), strict=True)
+            )

@@ -27,6 +27,10 @@ class WireError(OSError):
     """The bytes are not a frame of ours; the connection is of no further use."""
 
 
+NONSENSE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""What handling a well-formed frame that makes no sense raises."""
+
+
 class Connection:
     """A socket that carries whole frames. Any thread may send; one thread receives."""
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from diloco.averaging import Averaging
 from diloco.codec import CodecConfig, build_codec
 from diloco.fragments import Fragment, Slot
-from elastic.attempt import Order, Outcome, Party
 from elastic.exchange import Exchanger
 from elastic.node import Identity, Node
+from elastic.order import Order, Outcome, Party
 
 RAW_SECONDS = 4.0
 """Of a raw TCP stream, after as long for its start."""

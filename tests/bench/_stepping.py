@@ -20,9 +20,9 @@ from diloco.inner import Inner
 from diloco.parallel import open_region
 from diloco.train import compose_config
 from diloco.trainer import build_model, load_loss
-from elastic.attempt import Order, Outcome, Party
 from elastic.exchange import Exchanger
 from elastic.node import Identity, Node
+from elastic.order import Order, Outcome, Party
 from elastic.plan import ownership
 from tests.bench._paced import cpu_seconds
 

@@ -1,0 +1,98 @@
+"""What an exchange is about: who takes part, with what, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from elastic.wire import Message
+
+Key = tuple[int, int, int]
+"""(epoch, fragment, base): what a contribution was made for."""
+
+
+class Contribution(Protocol):
+    """A rank's contribution to a round."""
+
+    def read(self, first: int, last: int) -> Tensor:
+        """The encoded bytes (uint8) of the blocks [first, last): encoded when first asked for, by any thread, the same
+        ever after. Raises FloatingPointError on what must not leave the region."""
+        ...
+
+
+class Arithmetic(Protocol):
+    """What the exchange needs to know of fragments and codecs."""
+
+    @property
+    def gathers(self) -> bool:
+        """Contributions are not reduced: the result is all of them."""
+        ...
+
+    def blocks(self, fragment: int) -> int: ...
+    def size(self, fragment: int, first: int, last: int) -> int:
+        """Encoded bytes of the blocks [first, last)."""
+        ...
+
+    def result_size(self, fragment: int, first: int, last: int, members: int) -> int:
+        """The same of a result."""
+        ...
+
+    def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The result for these blocks from the members' parts (uint8), in the order given. Raises NotFinite."""
+        ...
+
+    def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int) -> bytes:
+        """32 bytes a block of a result."""
+        ...
+
+
+@dataclass(frozen=True)
+class Party:
+    """A member of an attempt: its weight, and the endpoints of its ranks."""
+
+    member: str
+    endpoints: tuple[str, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to exchange; the same for all members of the attempt but for `me`."""
+
+    attempt: str
+    key: Key
+    parties: tuple[Party, ...]
+    shares: tuple[int, ...]
+    """Of the blocks that each member reduces: `elastic.plan.ownership`."""
+    me: int
+
+    def message(self) -> Message:
+        parties = [[p.member, list(p.endpoints), p.weight] for p in self.parties]
+        fields = {"key": list(self.key), "parties": parties, "shares": list(self.shares), "me": self.me}
+        return {"type": "start", "attempt": self.attempt, **fields}
+
+
+def parse_order(message: Message) -> Order:
+    epoch, fragment, base = message["key"]
+    parties = tuple(Party(m, tuple(e), float(w)) for m, e, w in message["parties"])
+    return Order(message["attempt"], (epoch, fragment, base), parties, tuple(message["shares"]), message["me"])
+
+
+@dataclass
+class Outcome:
+    """How an attempt ended at this rank. digests: of the result's blocks in this rank's slice, None if it failed."""
+
+    attempt: str
+    digests: bytes | None
+    suspects: frozenset[str] = frozenset()
+    reason: str = ""
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
+    """From the start to the whole result."""
+    up: float = 0.0
+    down: float = 0.0
+    """The rates, bytes/s, that this rank's links have been seen to carry; 0: not known."""
