@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from elastic.wire import Message
+from elastic.events import Message
 
 Key = tuple[int, int, int]
 """(epoch, fragment, base): what a contribution was made for."""

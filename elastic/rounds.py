@@ -7,7 +7,6 @@ entry per seq, valid against the entries before it); everything here serves prog
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from elastic.events import (
     Action,
@@ -31,41 +30,11 @@ from elastic.events import (
     SetAlarm,
     View,
 )
+from elastic.flight import Flight
 from elastic.proposal import Proposal, attempt_id, check, odd_ones, parse_proposal
 
 AHEAD = 1000
 """Messages kept until the entries that they are about are read."""
-
-
-@dataclass
-class Flight:
-    """A fragment's round from the first sign of it until the journal decides."""
-
-    epoch: int
-    base: int
-    due: bool = False
-    asked: bool = False
-    answer: Message | None = None
-    best: Proposal | None = None
-    number: int = 0
-    answers: dict[str, Message] = field(default_factory=dict)
-    started: tuple[Message, ...] = ()
-    attempt: str = ""
-    held: dict[str, dict[str, str]] = field(default_factory=dict)
-    """attempt -> member -> digest of the result that it holds."""
-    waited: int = -1
-    """Head for which the minority wait is over."""
-    given_up: bool = False
-    """`best` came to nothing, and no other proposal was heard of since."""
-    without: set[str] = field(default_factory=set)
-    """Members whose exchange stalled although they are connected: this round is proposed without them."""
-    deaf: set[str] = field(default_factory=set)
-    """Those of them whose next proposal is not heard."""
-
-    @property
-    def turn(self) -> str:
-        """Names the newest proposal that this member has seen for this round."""
-        return f"{self.epoch}.{self.base}.{self.number}"
 
 
 class Rounds:

@@ -76,7 +76,9 @@ class Side:
         for parcel in self.waiting:
             link.put(parcel)
         self.waiting.clear()
-        self.lent = link.lend(self.chunk * min(len(self.parts), self.early))
+        lent = link.lend(self.chunk * min(len(self.parts), self.early))
+        self.lent = lent - lent % self.chunk
+        link.pay_back(lent - self.lent)
         self.granted = max(self.granted, self.lent // self.chunk)
 
     def close(self) -> None:

@@ -51,6 +51,8 @@ PURE = {
     "diloco/rounding.py",
     "diloco/sparse.py",
     "elastic/events.py",
+    "elastic/flight.py",
+    "elastic/order.py",
     "elastic/plan.py",
     "elastic/proposal.py",
     "elastic/rounds.py",

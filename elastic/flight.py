@@ -1,0 +1,39 @@
+"""What a member knows of one fragment's round while it is under way. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elastic.events import Message
+from elastic.proposal import Proposal
+
+
+@dataclass
+class Flight:
+    """A fragment's round from the first sign of it until the journal decides."""
+
+    epoch: int
+    base: int
+    due: bool = False
+    asked: bool = False
+    answer: Message | None = None
+    best: Proposal | None = None
+    number: int = 0
+    answers: dict[str, Message] = field(default_factory=dict)
+    started: tuple[Message, ...] = ()
+    attempt: str = ""
+    held: dict[str, dict[str, str]] = field(default_factory=dict)
+    """attempt -> member -> digest of the result that it holds."""
+    waited: int = -1
+    """Head for which the minority wait is over."""
+    given_up: bool = False
+    """`best` came to nothing, and no other proposal was heard of since."""
+    without: set[str] = field(default_factory=set)
+    """Members whose exchange stalled although they are connected: this round is proposed without them."""
+    deaf: set[str] = field(default_factory=set)
+    """Those of them whose next proposal is not heard."""
+
+    @property
+    def turn(self) -> str:
+        """Names the newest proposal that this member has seen for this round."""
+        return f"{self.epoch}.{self.base}.{self.number}"
