@@ -16,7 +16,7 @@ from typing import Any
 
 from elastic.plan import ownership
 from launch.wan import Lab, WanConfig
-from tests.bench._table import Row, at_least, at_most, show
+from tests.bench._table import Row, at_least, at_most, number, show
 
 NAMES = ["eu", "us", "asia", "africa"]
 RTT = 0.1
@@ -78,8 +78,8 @@ class Wan:
 
 
 @contextmanager
-def wan(regions: int, **config: Any) -> Iterator[Wan]:
-    names = NAMES[:regions]
+def wan(members: int, **config: Any) -> Iterator[Wan]:
+    names = NAMES[:members]
     with Lab(WanConfig(**{"rtt": RTT, "mtu": MTU, **config}), names) as lab:
         yield Wan(lab, names)
 
@@ -154,7 +154,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(figures), default=list(figures))
     parser.add_argument("--repeat", type=int, default=5)
     given = parser.parse_args()
-    rows = [row for name in given.only for row in figures[name](given.repeat)]
+    rows = []
+    for row in (row for name in given.only for row in figures[name](given.repeat)):
+        rows.append(row)
+        print(f"# {row.case}: {number(row.value)} {row.unit}", file=sys.stderr, flush=True)
     show("exchange", rows)
 
 
