@@ -154,7 +154,12 @@ def test_nothing_is_started(refusals: dict[str, Future[Done]], case: str) -> Non
 def test_help_and_cfg(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
     helped, shown = pool.map(lambda a: command(a, tmp_path), [["--help"], ["--cfg", "job", EU, "outer.lr=0.25"]])
     assert (helped.code, shown.code, helped.err, shown.err) == (0, 0, "", "")
-    for part in ("torchrun -m diloco.train +region=eu", "codec: bf16, int4, int8, none, topk", "sync_every:", "+experiment=demo"):
+    for part in (
+        "torchrun -m diloco.train +region=eu",
+        "codec: bf16, int4, int8, none, topk",
+        "sync_every:",
+        "+experiment=demo",
+    ):
         assert part in helped.out
     assert re.search(r"^outer:\n(  .*\n)*  lr: 0.25$", shown.out, re.MULTILINE)
     assert re.search(r"^region:\n  name: eu$", shown.out, re.MULTILINE)
