@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from diloco.metrics import read_metrics
@@ -87,6 +87,8 @@ class Seen:
     main_cpu: float
     sent: float
     """Bytes."""
+    exchange: float
+    """Seconds of the median exchange, without what comes before and after it: answers, the journal."""
     verbs: dict[str, list[float]]
 
 
@@ -117,6 +119,7 @@ def told(case: str, found: list[Seen], limit: float | None = None) -> Iterator[R
     share = max(100 * seen.waited / seen.cycle for seen in found)
     yield Row(f"{case}: waits", share, "%") if limit is None else at_most(f"{case}: waits", share, "%", limit)
     yield Row(f"{case}: waits per H steps", max(seen.waited for seen in found), "s")
+    yield Row(f"{case}: an exchange, median", max(seen.exchange for seen in found), "s")
     worst = max(found, key=lambda seen: seen.work / seen.cycle)
     yield Row(f"{case}: main loop's own work", 100 * worst.work / worst.cycle, "%")
     yield Row(f"{case}: main loop's own work per H steps", worst.work, "s")
@@ -177,6 +180,7 @@ def look(directory: Path, name: str, variant: Variant, pace: float) -> Seen:
         cpu=found["cpu"] / n,
         main_cpu=found["main_cpu"] / n,
         sent=sum(record["bytes_up"] for _, record in spans) / n,
+        exchange=median(record["exchange_seconds"] for _, record in spans),
         verbs={verb: [count, seconds / n, longest] for verb, (count, seconds, longest) in found["verbs"].items()},
     )
 
