@@ -335,7 +335,8 @@ class Trainer:
 
     def _save(self, mine: bool) -> None:
         checkpoints = self.links.checkpoints
-        counted = self.state.members[self.links.member].dropped
+        member = self.state.members.get(self.links.member)  # not one yet, if it has just come
+        counted = 0 if member is None else member.dropped
         progress = {
             "clock": self.clock.save(len(self.snapshots), counted),
             "taken": self.reader.ranges(),
