@@ -127,8 +127,12 @@ def test_round_trips_take_as_long_as_asked_for() -> None:
         for region in lab.regions:
             serve(lab, region, ECHO)
         for a, b, rtt in (("eu", "us", 0.08), ("us", "asia", 0.2), ("asia", "eu", 0.02)):
-            times = sorted(map(float, run(lab, a, PING, lab.address(b)).split()))
-            assert rtt < times[0] < 1.05 * rtt and times[4] < 1.05 * rtt, (a, b, times)
+            for _ in range(5):  # a machine that is busy elsewhere adds milliseconds of its own
+                times = sorted(map(float, run(lab, a, PING, lab.address(b)).split()))
+                assert rtt < times[0], (a, b, times)
+                if times[4] < 1.05 * rtt:
+                    break
+            assert times[4] < 1.05 * rtt, (a, b, times)
         for a, b in (("hub", "us"), ("us", "hub")):
             if b == "hub":
                 serve(lab, "hub", ECHO.replace('""', f'"{lab.hub}"'))
