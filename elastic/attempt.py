@@ -54,6 +54,8 @@ class Attempt:
         """Bytes of parts that wait for others', now and at most."""
         self.silent: list[Link] = []
         """Whose silence ended this attempt."""
+        self.over = False
+        """It has ended, one way or the other."""
         self.whole: deque[int] = deque()
         """Chunks of which every other member's part is there."""
         self.begun = self._look_at = time.monotonic()
@@ -121,6 +123,8 @@ class Attempt:
                 self.fail(frozenset([peer[0]]), f"the exchange with {peer[0]} broke: {link.broken}")
             if self.failed is not None:
                 return link.put(self._farewell(self.failed))
+            if self.over:
+                return  # the two had nothing to exchange
             side = self.sides[peer]
             side.open(link)
             self._allow(side)
@@ -274,8 +278,9 @@ class Attempt:
         return Parcel(lambda: (message, b""), lambda nbytes: None)
 
     def close(self) -> None:
-        """It has ended, one way or the other."""
+        """Lets go of the links."""
         with self.changed:
+            self.over = True
             for side in self.sides.values():
                 side.close()
 

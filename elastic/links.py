@@ -51,6 +51,8 @@ class Link:
         """When the last frame came."""
         self.rate = 0.0
         """Bytes/s that came over it in the last exchange; 0: not known."""
+        self.rtt = 0.0
+        """Seconds, as the kernel saw it when the link was dialled."""
         self.newest = 0.0
         """When the newest attempt began of those that frames came for."""
         self.broken = ""
@@ -184,6 +186,8 @@ class Links:
     def _dial(self, peer: Rank, endpoint: str) -> Link:
         link = Link(peer, secrets.token_hex(8), self._on_frame, self._ended)
         connection = self._connect(link, endpoint, further=False)
+        if (seen := tcp.info(connection.sock)) is not None:
+            link.rtt = seen.rtt
         self._register(link)
         self._start(link, connection)
         return link
@@ -202,8 +206,7 @@ class Links:
 
     def _widen(self, link: Link, endpoint: str) -> None:
         """More streams, in the background, as the round trip and the rates seen so far ask for."""
-        seen = tcp.info(link.streams[0].sock) if link.streams else None
-        wanted = self.streams or tcp.streams_for(seen.rtt if seen else 0.0, self.meter.up, tcp.send_buffer())
+        wanted = self.streams or tcp.streams_for(link.rtt, self.meter.up, tcp.send_buffer())
         missing, link.wanted = wanted - link.wanted, max(wanted, link.wanted)
         for _ in range(missing):
             threading.Thread(target=self._add_stream, args=(link, endpoint), name="link-dial", daemon=True).start()

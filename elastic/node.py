@@ -144,10 +144,11 @@ class Node:
                 connection = Connection(self._server.accept()[0])
                 serve = partial(self._serve, connection)
                 threading.Thread(target=self.attend, args=(connection, serve), name="node-peer", daemon=True).start()
-            except (OSError, RuntimeError):
-                time.sleep(
-                    0.05
-                )  # closed; or the peer was gone again, or there are too many files or threads: that passes
+            except (
+                OSError,
+                RuntimeError,
+            ):  # closed; or too many files or threads, or a peer that was gone again: it passes
+                time.sleep(0.05)
 
     def attend(self, connection: Connection, serve: Callable[[], None]) -> None:
         """Runs `serve`, which lives as long as the connection, and releases it. What came that is no frame, or makes no

@@ -252,10 +252,12 @@ class Rounds:
         ):
             yield Send(sender, {"type": "head", "head": view.seq})
             return
-        flight = self.flight(proposal.fragment)
         if self.me not in proposal.members:
             return
-        if flight.without & {*proposal.members}:  # the proposer has yet to hear of them
+        flight = self.flight(proposal.fragment)
+        if sender in flight.deaf:
+            # Who stalled would propose itself again. Unheard once only: members who blame each other must not starve.
+            flight.deaf.discard(sender)
             flight.number = max(flight.number, proposal.number)
             yield from self._give_up(flight)
             return

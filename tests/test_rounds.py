@@ -94,6 +94,44 @@ def test_a_held_round_is_given_up_when_a_member_of_it_ends() -> None:
     assert one.flights[0].best is not None and one.flights[0].best.number == 2
 
 
+def blamed(*suspects: str) -> Rounds:
+    """`a` was in an attempt with b and c that failed."""
+    one = machine("a", "b", "c")
+    one.handle(rounds.Due(0))
+    one.handle(rounds.Answered(0, 0, 0, ANSWER))
+    best = one.flights[0].best
+    assert best is not None
+    for member in ("b", "c"):
+        one.handle(Received(member, best.message("answer", answer={**ANSWER, "member": member})))
+    one.handle(rounds.ExchangeFailed(one.flights[0].attempt, frozenset(suspects)))
+    return one
+
+
+def test_who_stalled_is_left_out_of_the_next_proposal() -> None:
+    one = blamed("c")
+    actions = one.handle(Alarm("again", 0, one.flights[0].turn))
+    assert [a.member for a in actions if isinstance(a, rounds.Send)] == ["b"]
+
+
+def test_who_stalled_is_proposed_with_if_too_few_are_left() -> None:
+    one = blamed("b", "c")
+    actions = one.handle(Alarm("again", 0, one.flights[0].turn))
+    assert [a.member for a in actions if isinstance(a, rounds.Send)] == ["b", "c"]
+
+
+def test_who_stalled_is_unheard_once_and_a_third_ones_proposal_with_it_is_heard() -> None:
+    one = blamed("c")
+    own = Proposal(0, 0, 0, 3, 5, "c", ("a", "b", "c")).message("propose")
+    assert kinds(one.handle(Received("c", own))) == ["Read", "SetAlarm"] and one.flights[0].number == 5
+    (answer,) = one.handle(Received("c", own))
+    assert isinstance(answer, rounds.Send) and answer.message["type"] == "answer"
+
+    one = blamed("c")
+    other = Proposal(0, 0, 0, 3, 5, "b", ("a", "b", "c")).message("propose")
+    (answer,) = one.handle(Received("b", other))
+    assert isinstance(answer, rounds.Send) and (answer.member, answer.message["type"]) == ("b", "answer")
+
+
 def test_a_head_that_cannot_be_read_is_asked_for_once() -> None:
     one = machine("a", "b")
     assert kinds(one.handle(Received("b", {"type": "head", "head": 10**9}))) == ["Read"]

@@ -25,6 +25,7 @@ from diloco.fragments import Fragment, Slot
 from elastic.exchange import Exchanger
 from elastic.node import Identity, Node
 from elastic.order import Order, Outcome, Party
+from tests.bench._worker import obey
 
 RAW_SECONDS = 4.0
 """Of a raw TCP stream, after as long for its start."""
@@ -175,12 +176,7 @@ def main() -> None:
     torch.set_num_threads(1)
     devices = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
     os.environ["GLOO_SOCKET_IFNAME"] = next(name for name in devices if name != "lo")
-    region = Region(me, address)
-    print(json.dumps({"endpoint": region.node.endpoint}), flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        print(json.dumps(getattr(region, command.pop("do"))(**command)), flush=True)
-    os._exit(0)
+    obey(Region(me, address))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@ started by tests.bench.overlap. Reads commands as JSON lines, answers each with 
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from elastic.node import Identity, Node
 from elastic.order import Order, Outcome, Party
 from elastic.plan import ownership
 from tests.bench._paced import cpu_seconds
+from tests.bench._worker import obey
 
 
 class Worker:
@@ -103,12 +102,7 @@ class Worker:
 
 def main() -> None:
     torch.set_num_threads(1)
-    worker = Worker(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
-    print(json.dumps({"endpoint": worker.node.endpoint}), flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        print(json.dumps(getattr(worker, command.pop("do"))(**command)), flush=True)
-    os._exit(0)
+    obey(Worker(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
 
 
 if __name__ == "__main__":
