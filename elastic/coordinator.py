@@ -275,7 +275,7 @@ class Coordinator(threading.Thread):
         shares = ownership(rates)
         if shares != self._shares and len(shares) > 2:
             told = (
-                f"{a['member']} {100 * share / WHOLE:.0f} % at {rate * 8e-6:.0f} Mbit/s"
+                f"{a['member']} {100 * share / WHOLE:.0f} % ({f'{rate * 8e-6:.0f} Mbit/s' if rate else 'rate not known yet'})"
                 for a, share, rate in zip(answers, shares, rates, strict=True)
             )
             print(f"round: blocks are reduced by {', '.join(told)}", flush=True)
