@@ -30,11 +30,7 @@ class Wan:
         self.lab, self.names = lab, names
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = (
-            [sys.executable, "-m", "tests.bench._region"]
-            if not os.environ.get("DBG")
-            else [sys.executable, "/work/scratch/dbg.py"]
-        )
+        command = [sys.executable, "-m", "tests.bench._region"]
         self.processes = [
             lab.popen(name, [*command, str(k), lab.address(name)], env=env, **pipes) for k, name in enumerate(names)
         ]

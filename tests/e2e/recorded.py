@@ -69,6 +69,8 @@ class Recorded(trainer.Trainer):
 
     def merge(self, before: State, entry: dict[str, Any]) -> None:
         f, seq = entry["fragment"], entry["seq"]
+        if self.planes.bases[f] >= seq:
+            return super().merge(before, entry)  # it came with the planes of who sent them: nothing is merged
         if before.rounds == 0:
             for g in range(len(self.fragments)):
                 self._record(0, g, "theta", self.planes.theta[g])
