@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diloco.blockwise import Codec, each
 from diloco.fragments import Fragment, block_digests
+from elastic.memory import shared_zeros
 from elastic.plan import CHUNK, NotFinite, chunks
 
 RUN = 16
@@ -24,6 +26,7 @@ class Contribution:
     """One rank's encoded blocks [first, last) of minuend - subtrahend (+ residual), made when they are first read.
 
     minuend, subtrahend, residual: fp32 [n] on CPU, the slice's elements; the first two must not change while this lives.
+    data: where the bytes go, uint8.
     seed: of stochastic rounding. Bytes are a function of (seed, block, the block's elements), so a retry sends the same.
     """
 
@@ -37,10 +40,11 @@ class Contribution:
         subtrahend: Tensor,
         residual: Tensor | None = None,
         seed: int = 0,
+        data: Tensor | None = None,
     ) -> None:
         self.averaging, self.fragment, self.first, self.last = averaging, fragment, first, last
         self.minuend, self.subtrahend, self.residual, self.seed = minuend, subtrahend, residual, seed
-        self._data = torch.empty(averaging.size(fragment, first, last), dtype=torch.uint8)
+        self._data = shared_zeros(averaging.size(fragment, first, last), torch.uint8) if data is None else data
         self._todo, self._doing = set(range(first, last)), set[int]()
         self._changed = threading.Condition()
 
@@ -58,6 +62,18 @@ class Contribution:
             self._changed.wait_for(lambda: not self._doing.intersection(range(first, last)))
             failed = self._todo.intersection(range(first, last))
         return self.read(first, last) if failed else self._bytes(first, last)
+
+    def shared(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What `Averaging.rebuild` makes the same contribution of in another process, which sees the same memory: all
+        tensors have to be of `elastic.memory.shared_zeros`."""
+        fields = {"fragment": self.fragment, "first": self.first, "last": self.last, "seed": self.seed}
+        residual = [] if self.residual is None else [self.residual]
+        return fields, [self._data, self.minuend, self.subtrahend, *residual]
+
+    def filled(self) -> None:
+        """The other process has encoded all blocks."""
+        with self._changed:
+            self._todo.clear()
 
     def squares(self) -> Tensor:
         """fp64 scalar: sum of the squares of minuend - subtrahend, without the residual."""
@@ -159,6 +175,12 @@ class Averaging:
     ) -> Contribution:
         """This rank's blocks [first, last) of minuend - subtrahend (+ residual); see `Contribution`."""
         return Contribution(self, fragment, first, last, minuend, subtrahend, residual, seed)
+
+    def rebuild(self, fields: dict[str, Any], tensors: Sequence[Tensor]) -> Contribution:
+        """From what `Contribution.shared` gave."""
+        data, minuend, subtrahend, *rest = tensors
+        residual = rest[0] if rest else None
+        return Contribution(self, **fields, minuend=minuend, subtrahend=subtrahend, residual=residual, data=data)
 
     def warm(self, feedback: bool) -> str | None:
         """Compiles the codec's arithmetic, seconds the first time on a machine; before any thread uses it. Returns why it

@@ -31,7 +31,7 @@ class Checkpoints:
         self.store, self.region, self.shards, self.keep = store, region, shards, keep
         self.root = f"checkpoints/{run}"
         self.own_root = f"regions/{run}"
-        self.bits_root = f"rounds/{run}"
+        self.bits_root = _bits_root(run)
 
     # Global: θ, momentum, and the counters that a rewind goes back to
 
@@ -105,11 +105,7 @@ class Checkpoints:
             if has_residual and not moments_only:
                 residual.copy_(reader.read(RESIDUAL, f, *self.shards.span(f)))
 
-    # The bits of rounds, stored before the round is committed. Any thread, any rank
-
-    def save_bits(self, attempt: str, first: int, last: int, bits: Tensor) -> None:
-        """One rank's slice, blocks [first, last), of an attempt's encoded result."""
-        self.store.create(f"{self.bits_root}/{attempt}/{first}-{last}", bits.numpy().tobytes())
+    # The bits of rounds. Any thread, any rank
 
     def load_bits(self, attempt: str, first: int, last: int, size: Callable[[int, int], int]) -> Tensor | None:
         """Blocks [first, last) from whatever slices there are; None if some are missing. size(a, b): bytes of [a, b)."""
@@ -180,6 +176,15 @@ class Checkpoints:
                 self.store.delete(f"{root}/{number}/manifest.json")
                 for key in self.store.list(f"{root}/{number}/"):
                     self.store.delete(key)
+
+
+def save_bits(store: Store, run: str, attempt: str, first: int, last: int, bits: Tensor) -> None:
+    """One rank's slice, blocks [first, last), of an attempt's encoded result, before the round is committed. Any process."""
+    store.create(f"{_bits_root(run)}/{attempt}/{first}-{last}", bits.numpy().tobytes())
+
+
+def _bits_root(run: str) -> str:
+    return f"rounds/{run}"
 
 
 @contextmanager

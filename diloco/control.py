@@ -82,8 +82,11 @@ class RunLedger:
             state.seq, state.epoch, bases, tuple(sorted(state.members)), state.stopped is not None, first
         )
 
-    def endpoints(self) -> dict[str, tuple[str, ...]]:
-        return {m.id: m.endpoints for m in self.state.members.values()}
+    def endpoints(self) -> dict[str, str]:
+        return {m.id: m.endpoints[0] for m in self.state.members.values()}
+
+    def data(self) -> dict[str, tuple[str, ...]]:
+        return {m.id: m.data for m in self.state.members.values()}
 
     def weight(self, answer: dict[str, Any]) -> float:
         return self.state.weight(answer)

@@ -28,15 +28,14 @@ def adamw_fingerprint(cfg: InnerConfig) -> str:
     return f"adamw:{hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def read_gradient(trainer: Trainer, fragment: int) -> Tensor:
+def read_gradient(trainer: Trainer, fragment: int, out: Tensor) -> None:
     """This rank's slice of the region's gradient, fp32, which is gone from the parameters then. Collective."""
 
     def select(parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    flat = trainer.shards.read(fragment, select)
+    trainer.shards.read(fragment, select, out)
     trainer.inner.optimizer.zero_grad(set_to_none=True)
-    return flat
 
 
 def adamw_of(trainer: Trainer, before: State, entry: dict[str, Any], gradients: Iterable[Tensor]) -> AdamW:

@@ -16,7 +16,7 @@ from typing import Any
 
 from diloco.ledger import Lease, Ledger, Returned, still_wanted
 
-PROTOCOL = 2
+PROTOCOL = 3
 Entry = Mapping[str, Any]
 
 
@@ -57,7 +57,9 @@ class Member:
     id: str
     region: str
     endpoints: tuple[str, ...]
-    """host:port of every rank, in rank order."""
+    """Of every rank, in rank order: host:port, host:port/name behind a gateway, or empty if it cannot be dialled."""
+    data: tuple[str, ...]
+    """The same of the ranks' exchanges."""
     samples_per_step: int
     leases: tuple[Lease, ...]
     seen: int
@@ -263,9 +265,8 @@ def _join(state: State, entry: Entry) -> State:
     """Ends earlier ids of the region, then grants the first leases: to all at once when the run begins."""
     for old in [m.id for m in state.members.values() if m.region == entry["region"]]:
         state = _end(state, old)
-    member = Member(
-        entry["member"], entry["region"], tuple(entry["endpoints"]), entry["samples_per_step"], (), state.rounds
-    )
+    places = tuple(entry["endpoints"]), tuple(entry["data"])
+    member = Member(entry["member"], entry["region"], *places, entry["samples_per_step"], (), state.rounds)
     state = replace(state, members={**state.members, member.id: member})
     return _top_up(state, member.id) if state.ledger.cursor > 0 else _begin(state)
 

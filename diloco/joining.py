@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +23,7 @@ from diloco.checkpoints import Checkpoints
 from diloco.config import Config, store_url
 from diloco.control import Control, Limits, Order, RunLedger
 from diloco.errors import ConfigError
+from diloco.exchanging import Setup, published
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
 from diloco.fragments import digest
 from diloco.journal import Journal
@@ -31,9 +32,10 @@ from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
 from elastic.coordinator import Coordinator, Timing
-from elastic.exchange import Exchanger
 from elastic.lighthouse import LighthouseError, Membership, find_or_serve, host_port, is_local
+from elastic.memory import Pipe
 from elastic.node import Identity, Node
+from elastic.process import Exchange
 from elastic.ranks import Ranks, follow
 from elastic.rounds import Rounds
 
@@ -41,8 +43,9 @@ PATIENCE = 120.0
 """Seconds without an order after which the main loop counts as hung and heartbeats stop."""
 
 
-def join(trainer: Trainer, stack: ExitStack) -> None:
-    """Collective. Raises ConfigError, before anything is written, if this region does not fit the run."""
+def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
+    """exchanges: to the process that is to do this rank's exchanges. Collective. Raises ConfigError, before anything is
+    written, if this region does not fit the run."""
     cfg, region = trainer.cfg, trainer.region
     store = Store(store_url(cfg))
     journal = Journal(store)
@@ -54,12 +57,12 @@ def join(trainer: Trainer, stack: ExitStack) -> None:
     on_rank_0(region, lambda: _check(cfg, state, trainer.fingerprint()))
     if region.rank == 0:
         _own(cfg, state.run)
-    _connect(trainer, store, journal, stack)
+    data = _connect(trainer, store, stack, exchanges)
     while not restore(trainer, journal, entries):
         pass
     inside = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
     outside = [e.decode() for e in region.gather_bytes(_published(trainer).encode())]
-    _become_member(trainer, journal, outside)
+    _become_member(trainer, journal, outside, [e.decode() for e in region.gather_bytes(data.encode())])
     if region.rank == 0:
         _take_control(trainer, journal, inside, outside[0], stack)
     trainer.report.open(trainer)
@@ -212,23 +215,51 @@ def _check(cfg: Config, state: State, mine: dict[str, Any]) -> None:
 # The network
 
 
-def _connect(trainer: Trainer, store: Store, journal: Journal, stack: ExitStack) -> None:
-    """A listening port for every rank, with its handlers; nobody knows of it before `join` is in the journal."""
+def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) -> str:
+    """Two listening ports for every rank, one of them its exchanges'; nobody knows of them before `join` is in the journal.
+    Returns the endpoint of the exchanges."""
     cfg, region, state = trainer.cfg, trainer.region, trainer.state
     member = f"{cfg.region.name}_{secrets.randbelow(10**9)}"
     member = region.broadcast_bytes(member.encode() if region.rank == 0 else None).decode()
     node = Node(_host(cfg))
     stack.callback(node.close)
     node.identity = Identity(state.run, canonical(dict(state.fingerprint)).decode(), member, region.rank)
-    timing = cfg.elastic.stall_timeout, cfg.elastic.streams, cfg.elastic.congestion
-    exchanger = Exchanger(node, trainer.averaging, region.rank, *timing)
+    exchanger = Exchange(exchanges, partial(_lost, member))
+    stack.callback(exchanger.close)
     recovery.serve(node, partial(serve_blocks, trainer))
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
-    if cfg.ckpt.durable:
-        exchanger.keep = checkpoints.save_bits
     trainer.links = Links(member, node, exchanger, store, checkpoints)
+    answer = exchanger.open(_setup(trainer).message())
+    if "error" in answer:
+        raise _no_gateway(cfg, answer["error"])
+    return str(answer["endpoint"])
+
+
+def _setup(trainer: Trainer) -> Setup:
+    """What the process of this rank's exchanges has to know."""
+    cfg, elastic, links = trainer.cfg, trainer.cfg.elastic, trainer.links
+    return Setup(
+        identity=vars(links.node.identity),
+        host=_host(cfg),
+        gateway=elastic.gateway,
+        dial_only=elastic.dial_only,
+        elements=[fragment.elements for fragment in trainer.fragments],
+        block=trainer.fragments[0].block,
+        codec=asdict(cfg.codec),
+        compile=trainer.compiled,
+        stall=elastic.stall_timeout,
+        streams=elastic.streams,
+        congestion=elastic.congestion,
+        store=links.store.url if cfg.ckpt.durable else "",
+    )
+
+
+def _lost(member: str) -> NoReturn:
+    """This rank ends as if it had crashed: what it held of rounds under way is gone."""
+    print(f"{member}: the process of this rank's exchanges has ended, and so this rank does: see above", flush=True)
+    os._exit(1)
 
 
 def _host(cfg: Config) -> str:
@@ -245,21 +276,23 @@ def _host(cfg: Config) -> str:
 def _published(trainer: Trainer) -> str:
     """The endpoint under which other regions dial this rank; empty if they cannot."""
     elastic, links = trainer.cfg.elastic, trainer.links
-    if not elastic.gateway:
-        return "" if elastic.dial_only else links.node.endpoint
     try:
-        return links.node.register(elastic.gateway, f"{links.member}.{trainer.region.rank}")
+        return published(links.node, elastic.gateway, elastic.dial_only, f"{links.member}.{trainer.region.rank}")
     except OSError as error:
-        raise ConfigError(
-            f"elastic.gateway={elastic.gateway} does not answer as one ({error}): start it there with python -m "
-            "elastic.gateway"
-        ) from error
+        raise _no_gateway(trainer.cfg, str(error)) from error
+
+
+def _no_gateway(cfg: Config, error: str) -> ConfigError:
+    return ConfigError(
+        f"elastic.gateway={cfg.elastic.gateway} does not answer as one ({error}): start it there with python -m "
+        "elastic.gateway"
+    )
 
 
 # Membership
 
 
-def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> None:
+def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str], data: list[str]) -> None:
     """Appends `join` and applies what came before it. Collective."""
     region, joined = trainer.region, False
     while not joined and trainer.state.stopped is None:
@@ -270,6 +303,7 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str]) -> 
                 "member": trainer.links.member,
                 "region": trainer.cfg.region.name,
                 "endpoints": endpoints,
+                "data": data,
                 "samples_per_step": trainer.cfg.inner.batch,
             }
             journal.append(fields)

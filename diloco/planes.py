@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diloco.fragments import Fragment, block_digests
 from diloco.outer import AdamW, adamw, nesterov
+from elastic.memory import shared_zeros
 
 Update = Callable[[int, int, Tensor], None]
 """(first element, end, gradient): steps the planes there, in place."""
@@ -55,7 +56,7 @@ class Planes:
         self._lock = threading.Lock()
 
     def _zeros(self) -> list[Tensor]:
-        return [torch.zeros(self._elements(f)) for f in range(len(self.fragments))]
+        return [shared_zeros(self._elements(f)) for f in range(len(self.fragments))]
 
     def _elements(self, fragment: int) -> int:
         start, stop = self.fragments[fragment].span(*self.slices[fragment])

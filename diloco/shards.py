@@ -44,10 +44,10 @@ class Shards:
         return self.fragments[fragment].span(*self.blocks(fragment, rank))
 
     @torch.no_grad()
-    def read(self, fragment: int, select: Select = itself) -> Tensor:
-        """This rank's slice, fp32 [stop - start] on the CPU. Collective."""
+    def read(self, fragment: int, select: Select = itself, out: Tensor | None = None) -> Tensor:
+        """This rank's slice, fp32 [stop - start] on the CPU; out: what it is written to. Collective."""
         start, stop = self.span(fragment)
-        out = torch.empty(stop - start)
+        out = torch.empty(stop - start) if out is None else out
         for slot in self.fragments[fragment].slots:
             tensor = select(self._parameters[slot.name]).detach()
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -41,19 +41,22 @@ def compose_config(overrides: list[str]) -> Config:
 def run(cfg: Config) -> int:
     """Trains. Returns the exit code: 0 if the run stopped or this region left on purpose."""
     _hush()
+    from diloco import exchanging
     from diloco.control import Order
     from diloco.fold import JournalError
     from diloco.joining import depart, join, leave_on_signals
     from diloco.parallel import open_region
     from diloco.trainer import Trainer
+    from elastic.process import fork
 
+    exchanges = fork(exchanging.main)  # before anything that a fork would not carry over
     with ExitStack() as stack:
         region = open_region(cfg.parallel)
         stack.callback(region.close)
         trainer = Trainer(cfg, region)
         stack.callback(trainer.report.close)
         try:
-            join(trainer, stack)
+            join(trainer, stack, exchanges)
             leave_on_signals(trainer)
             order = trainer.train()
         except (FloatingPointError, JournalError, OSError) as error:

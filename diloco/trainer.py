@@ -35,9 +35,10 @@ from diloco.report import Reporter
 from diloco.shards import Shards
 from elastic import rounds
 from elastic.coordinator import Coordinator
-from elastic.exchange import Exchanger
 from elastic.lighthouse import Membership
+from elastic.memory import shared_zeros
 from elastic.node import Node
+from elastic.process import Exchange
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Links:
 
     member: str
     node: Node
-    exchanger: Exchanger
+    exchanger: Exchange
     store: Store
     checkpoints: Checkpoints
     journal: Journal | None = None
@@ -74,7 +75,9 @@ class Trainer:
         self.data_parallel = cfg.outer.optimizer == "adamw"
         """Regions exchange gradients of common parameters, not what they did with parameters of their own."""
         self.planes = Planes(self.fragments, slices, cfg.codec.error_feedback, variance=self.data_parallel)
-        self.averaging = build_averaging(cfg, self.planes)
+        self.compiled = compiles(cfg.codec, sum(theta.numel() for theta in self.planes.theta))
+        """Compiling the codec is worth it for this rank's slices."""
+        self.averaging = build_averaging(cfg, self.planes, self.compiled)
         self.reader = LeaseReader()
         self.report = Reporter(cfg, region, self.source.bytes_per_token)
         self.clock = Clock(len(self.fragments))
@@ -158,8 +161,12 @@ class Trainer:
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         """A boundary: snapshots the fragment, offers the pseudo-gradient to the exchange, and answers. Collective."""
         key, theta = (epoch, fragment, base), self.planes.theta[fragment]
-        flat = read_gradient(self, fragment) if self.data_parallel else self.shards.read(fragment)
-        minuend, subtrahend = (flat, torch.zeros_like(flat)) if self.data_parallel else (theta, flat)
+        flat = shared_zeros(theta.numel())
+        if self.data_parallel:
+            read_gradient(self, fragment, out=flat)
+            minuend, subtrahend = flat, shared_zeros(theta.numel())
+        else:
+            minuend, subtrahend = theta, self.shards.read(fragment, out=flat)
         residual = self.planes.residual[fragment] if self.planes.residual else None
         seed = rounding_seed(self.cfg.run.seed, fragment, self.state.fragments[fragment].rounds, self.cfg.region.name)
         blocks = self.planes.slices[fragment]
@@ -359,11 +366,9 @@ def build_model(cfg: Config, region: Region, vocab: int) -> torch.nn.Module:
     return parallelize(model, region, cfg.parallel, plan)
 
 
-def build_averaging(cfg: Config, planes: Planes) -> Averaging:
-    """With the codec compiled, if that is worth it for this rank's slices."""
+def build_averaging(cfg: Config, planes: Planes, compiled: bool) -> Averaging:
     averaging = Averaging(planes.fragments, build_codec(cfg.codec), cfg.codec.feedback_decay)
-    worth_it = compiles(cfg.codec, sum(theta.numel() for theta in planes.theta))
-    if worth_it and (reason := averaging.warm(cfg.codec.error_feedback)):
+    if compiled and (reason := averaging.warm(cfg.codec.error_feedback)):
         print(f"{cfg.region.name}: {reason}", flush=True)
     return averaging
 

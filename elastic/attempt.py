@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.links import Frame, Link, Parcel, Rank
+from elastic.memory import shared_zeros
 from elastic.order import Arithmetic, Contribution, Order, Outcome
 from elastic.plan import cells, chunks, rank_blocks
 from elastic.side import Side
@@ -97,7 +98,7 @@ class Attempt:
             self.sides[peer].expected += 1
         self.missing = {a for a, k in self.owner.items() if k != me}
         """Chunks of the result that other members still owe."""
-        self.result = torch.empty(self.result_size(self.first, self.last), dtype=torch.uint8)
+        self.result = shared_zeros(self.result_size(self.first, self.last), torch.uint8)
         self.whole.extend(a for a in self.due if not self.others)
 
     def _peer(self, member: int, rank: int) -> Rank:

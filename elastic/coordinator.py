@@ -37,8 +37,12 @@ class Ledger(Protocol):
     def read(self) -> list[bytes]: ...
     def append(self, fields: Message) -> bool: ...
     def view(self) -> rounds.View: ...
-    def endpoints(self) -> dict[str, tuple[str, ...]]:
-        """Endpoints of the current members' ranks."""
+    def endpoints(self) -> dict[str, str]:
+        """Where the current members' rank 0 is; empty if it cannot be dialled."""
+        ...
+
+    def data(self) -> dict[str, tuple[str, ...]]:
+        """The same of their ranks' exchanges."""
         ...
 
     def weight(self, answer: Message) -> float: ...
@@ -245,7 +249,7 @@ class Coordinator(threading.Thread):
         except OSError as error:
             print(f"journal: {error}; trying again", flush=True)
             return None
-        self.meet({m: e[0] for m, e in self.ledger.endpoints().items()})
+        self.meet(self.ledger.endpoints())
         return self.ledger.view()
 
     def _pass_on(self, entries: list[bytes]) -> None:
@@ -260,7 +264,7 @@ class Coordinator(threading.Thread):
     # Exchanges in this region
 
     def _exchange(self, action: rounds.Exchange) -> rounds.Event | None:
-        endpoints = self.ledger.endpoints()
+        endpoints = self.ledger.data()
         if any(a["member"] not in endpoints for a in action.answers):
             return rounds.ExchangeFailed(action.attempt, frozenset())  # a member ended since this was decided
         parties = tuple(Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers)

@@ -63,7 +63,7 @@ class Exchanger:
             return self.on_outcome(Outcome(order.attempt, None, reason="cancelled"))
         try:
             attempt = Attempt(order, self.rank, self.arithmetic, offer, self.stall)
-        except (*NONSENSE, MemoryError) as error:
+        except (*NONSENSE, MemoryError, OSError) as error:
             print(f"round: an exchange cannot begin: {error!r}", flush=True)
             return self.on_outcome(Outcome(order.attempt, None, reason=f"it cannot begin: {error!r}"))
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +20,15 @@ class Contribution(Protocol):
     def read(self, first: int, last: int) -> Tensor:
         """The encoded bytes (uint8) of the blocks [first, last): encoded when first asked for, by any thread, the same
         ever after. Raises FloatingPointError on what must not leave the region."""
+        ...
+
+    def shared(self) -> tuple[Message, list[Tensor]]:
+        """What another process of this rank makes the same contribution of: JSON, and tensors that it has in common with
+        this one, the encoded bytes among them."""
+        ...
+
+    def filled(self) -> None:
+        """The other process has encoded all of it."""
         ...
 
 
@@ -96,3 +105,11 @@ class Outcome:
     up: float = 0.0
     down: float = 0.0
     """The rates, bytes/s, that this rank's links have been seen to carry; 0: not known."""
+
+    def message(self) -> Message:
+        """Without the digests, which are long."""
+        return {**asdict(replace(self, digests=None)), "suspects": sorted(self.suspects)}
+
+
+def parse_outcome(message: Message, digests: bytes | None) -> Outcome:
+    return Outcome(**{**message, "suspects": frozenset(message["suspects"]), "digests": digests})

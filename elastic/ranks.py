@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 
 from elastic.exchange import Exchanger
 from elastic.node import Node
-from elastic.order import Order, Outcome, parse_order
+from elastic.order import Order, Outcome, parse_order, parse_outcome
+from elastic.process import Exchange
 from elastic.wire import Connection, Message
 
 
 class Ranks:
     """At rank 0: starts and cancels attempts at all ranks, and hears of their ends."""
 
-    def __init__(self, node: Node, exchanger: Exchanger, endpoints: Sequence[str]) -> None:
+    def __init__(self, node: Node, exchanger: Exchanger | Exchange, endpoints: Sequence[str]) -> None:
         self.exchanger = exchanger
         self.on_outcome: Callable[[int, Outcome], None] = lambda rank, outcome: None
         self._done: dict[str, dict[int, Outcome]] = {}
@@ -51,9 +51,8 @@ class Ranks:
         try:
             while True:
                 message, payload = line.receive()
-                suspects = frozenset(message.pop("suspects"))
-                digests = bytes(payload) if message.pop("held") else None
-                self._report(rank, Outcome(digests=digests, suspects=suspects, **message))
+                held = message.pop("held")
+                self._report(rank, parse_outcome(message, bytes(payload) if held else None))
         except OSError:
             pass  # the rank is gone: torchrun ends the whole region
 
@@ -74,7 +73,7 @@ class Ranks:
         self.exchanger.drop(attempt)
 
 
-def follow(node: Node, exchanger: Exchanger) -> None:
+def follow(node: Node, exchanger: Exchanger | Exchange) -> None:
     """At the other ranks: does what rank 0 says on the leader connection."""
 
     def serve(connection: Connection, hello: Message) -> None:
@@ -95,7 +94,4 @@ def follow(node: Node, exchanger: Exchanger) -> None:
 
 
 def _send(connection: Connection, outcome: Outcome) -> None:
-    fields = asdict(replace(outcome, digests=None))
-    del fields["digests"]
-    fields |= {"suspects": sorted(outcome.suspects), "held": outcome.digests is not None}
-    connection.send(fields, outcome.digests or b"")
+    connection.send({**outcome.message(), "held": outcome.digests is not None}, outcome.digests or b"")
