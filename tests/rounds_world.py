@@ -141,7 +141,8 @@ class World:
         peer = Peer(f"{region}_{self.serial}", region, Rounds(f"{region}_{self.serial}", 1, self.min_regions),
                     self.fragments, self.random.choice((0.1, 0.3, 0.8)))  # fmt: skip
         self.serial += 1
-        fields = {"kind": "join", "member": peer.id, "region": region, "endpoints": ["x:1"], "samples_per_step": 1}
+        fields = {"kind": "join", "member": peer.id, "region": region, "endpoints": ["x:1"], "data": ["x:2"]}
+        fields["samples_per_step"] = 1
         assert self.create(fields, len(self.raw) - 1)
         peer.seen = peer.main_seen = len(self.raw) - 1
         peer.first = self.head.rounds

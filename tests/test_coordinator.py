@@ -54,7 +54,10 @@ class Log:
         bases = [n for n, entry in enumerate(self.entries[: self.seen], start=1) if entry["kind"] == "round"]
         return rounds.View(self.seen, 0, (max(bases, default=0),), tuple(sorted(self.members)))
 
-    def endpoints(self) -> dict[str, tuple[str, ...]]:
+    def endpoints(self) -> dict[str, str]:
+        return {member: endpoints[0] for member, endpoints in self.members.items()}
+
+    def data(self) -> dict[str, tuple[str, ...]]:
         return dict(self.members)
 
     def weight(self, answer: dict[str, Any]) -> float:

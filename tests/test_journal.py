@@ -63,7 +63,8 @@ def opening(fragments: int = 1, **changes: Any) -> dict[str, Any]:
 def joining(member: str, samples_per_step: int = 2) -> dict[str, Any]:
     """Members are named region_number."""
     fields = {"member": member, "region": member.split("_")[0], "samples_per_step": samples_per_step}
-    return {"kind": "join", "endpoints": [f"{member}:1", f"{member}:2"], **fields}
+    places = {"endpoints": [f"{member}:1", f"{member}:2"], "data": [f"{member}:3", f"{member}:4"]}
+    return {"kind": "join", **places, **fields}
 
 
 def answer(member: str, *leases: tuple[int, int], tokens: int = 64) -> dict[str, Any]:

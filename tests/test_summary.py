@@ -43,7 +43,7 @@ def write_run(run_dir: Path, us_digest: str = "b" * 64) -> None:
     append(kind="open", protocol=PROTOCOL, run="r1", settings=SETTINGS, fingerprint={"fragments": 1},
            checkpoint="checkpoints/0")  # fmt: skip
     for member in ("eu_1", "us_2"):
-        append(kind="join", member=member, region=member[:2], endpoints=["h:1"], samples_per_step=2)
+        append(kind="join", member=member, region=member[:2], endpoints=["h:1"], data=["h:2"], samples_per_step=2)
     for base in (0, 3):
         assert journal.state
         leases = {name: member.leases[0] for name, member in journal.state.members.items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from diloco.config import Config
 from diloco.fold import State
 from diloco.inner import StepStats, lr_at
 from diloco.parallel import Region
+from tests.bench._worker import cpu_seconds
 
 PACE, WARM = float(os.environ.get("PACE", 0)), int(os.environ.get("WARM", 0))
 CHANGE = 1e-4
@@ -42,7 +42,8 @@ class Paced(trainer.Trainer):
     def from_here(self) -> None:
         self.verbs.clear()
         control = getattr(getattr(self, "links", None), "control", None)
-        self.begun = (time.monotonic(), self.clock.steps, control.waited if control else 0.0, *cpu_seconds())
+        waited = control.waited if control else 0.0
+        self.begun = (time.monotonic(), self.clock.steps, waited, cpu_seconds(), time.thread_time())
 
     def pretend(self, tokens: Tensor, progress: float) -> StepStats:
         """Not a step, but as long as one; a GPU's host thread sleeps, too, without Python's lock."""
@@ -92,22 +93,15 @@ class Paced(trainer.Trainer):
         begun, steps, waited, cpu, main = self.begun
         control = self.links.control
         assert control is not None
-        now, main_now = cpu_seconds()
         found = {
             "wall": time.monotonic() - begun,
             "steps": self.clock.steps - steps,
             "waited": control.waited - waited,
-            "cpu": now - cpu,
-            "main_cpu": main_now - main,
+            "cpu": cpu_seconds() - cpu,
+            "main_cpu": time.thread_time() - main,
             "verbs": {verb: [len(times), sum(times), max(times)] for verb, times in self.verbs.items()},
         }
         (Path(os.environ["PACED"]) / f"{self.cfg.region.name}.json").write_text(json.dumps(found))
-
-
-def cpu_seconds() -> tuple[float, float]:
-    """(of the process, of this thread)"""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime, time.thread_time()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import sys
 import threading
@@ -25,7 +24,7 @@ from diloco.fragments import Fragment, Slot
 from elastic.exchange import Exchanger
 from elastic.node import Identity, Node
 from elastic.order import Order, Outcome, Party
-from tests.bench._worker import obey
+from tests.bench._worker import cpu_seconds, obey
 
 RAW_SECONDS = 4.0
 """Of a raw TCP stream, after as long for its start."""
@@ -35,6 +34,7 @@ class Region:
     def __init__(self, me: int, address: str) -> None:
         self.me, self.node = me, Node(address)
         self.node.identity = Identity("bench", "{}", f"m{me}_{me}")
+        self.endpoint = self.node.endpoint
         self.exchanger: Exchanger | None = None
         self.attempts = 0
         self.ended = threading.Condition()
@@ -164,11 +164,6 @@ def _hop(outgoing: Any, incoming: Any, right: int, left: int, replace: bool) -> 
             one.wait()
         decoded = got.float() * got_scale
         into.copy_(decoded) if replace else into.add_(decoded)
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:

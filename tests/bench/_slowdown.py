@@ -1,8 +1,7 @@
 """Real inner steps on these cores while an exchange fills the link: the second half of tests.bench.overlap.
 
-Four pieces follow each other, again and again: steps alone; with an exchange in the same process; with the same exchange
-between two other processes, one in the place of the first; and alone once more. What the third costs is the cores, and what
-the second costs above it is Python's lock.
+Four pieces follow each other, again and again: steps alone; with an exchange as the product does it, in a process of its own;
+with the same exchange of another rank, in the place of the first; and alone once more. What the third costs is the cores.
 """
 
 from __future__ import annotations
@@ -74,14 +73,14 @@ class Trio:
 
     def inside(self) -> dict[str, Any]:
         names, members = self.names(), [self.stepping.member, self.peer.member]
-        self.peer.tell("exchange", members=members, names=names)
+        self.peer.tell("exchanges", members=members, names=names)
         found = self.stepping.ask("both", members=members, names=names)
         return {**found, "peer": self.peer.answer()}
 
     def beside(self, seconds: float) -> dict[str, Any]:
         names, members = self.names(), [self.other.member, self.peer.member]
-        self.peer.tell("exchange", members=members, names=names)
-        self.other.tell("exchange", members=members, names=names)
+        self.peer.tell("exchanges", members=members, names=names)
+        self.other.tell("exchanges", members=members, names=names)
         found = self.stepping.ask("steps", seconds=seconds)
         return {**found, "exchange": self.other.answer(), "peer": self.peer.answer()}
 
@@ -113,8 +112,8 @@ def pieces(trio: Trio, name: str) -> Iterator[Row]:
         rates.append([8e-6 * x["exchange"]["sent"] / x["exchange"]["seconds"] for x in (a, b)])
         costs.append(1e9 * b["exchange"]["cpu"] / b["exchange"]["sent"])
     yield Row(f"{name}: steps alone", median(alone), "1/s")
-    yield Row(f"{name}: with an exchange in the process", 100 * median(inside), "%")
-    yield Row(f"{name}: with the exchange in another process", 100 * median(beside), "%")
-    for case, which in (("in the process", 0), ("in another process", 1)):
-        yield Row(f"{name}: meanwhile sent by the exchange {case}", median(r[which] for r in rates), "Mbit/s")
+    yield Row(f"{name}: with an exchange", 100 * median(inside), "%")
+    yield Row(f"{name}: with an exchange of another rank", 100 * median(beside), "%")
+    for case, which in (("", 0), (" of another rank", 1)):
+        yield Row(f"{name}: meanwhile sent by the exchange{case}", median(r[which] for r in rates), "Mbit/s")
     yield Row(f"{name}: the exchange's own CPU per GB sent, and as much received", median(costs), "s/GB")

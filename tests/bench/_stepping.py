@@ -10,59 +10,62 @@ from typing import Any
 
 import torch
 
+from diloco import exchanging
 from diloco.averaging import Averaging
 from diloco.codec import CodecConfig, build_codec
 from diloco.data import Dataset, build_source
-from diloco.fragments import Fragment, Slot
+from diloco.exchanging import Setup
+from diloco.fragments import BLOCK, Fragment, Slot
 from diloco.inner import Inner
 from diloco.parallel import open_region
 from diloco.train import compose_config
 from diloco.trainer import build_model, load_loss
-from elastic.exchange import Exchanger
-from elastic.node import Identity, Node
+from elastic.memory import Pipe, shared_zeros
 from elastic.order import Order, Outcome, Party
 from elastic.plan import ownership
-from tests.bench._paced import cpu_seconds
-from tests.bench._worker import obey
+from elastic.process import Exchange, fork
+from elastic.tcp import AUTO
+from tests.bench._worker import cpu_seconds, obey
 
 
 class Worker:
     """A member of exchanges between two, and a model to train meanwhile."""
 
-    def __init__(self, me: int, address: str, elements: int) -> None:
-        self.me, self.node = me, Node(address)
-        self.node.identity = Identity("bench", "{}", f"m_{me}")
-        self.delta = torch.randn(elements, generator=torch.Generator().manual_seed(me))
-        self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),))], build_codec(CodecConfig("int8")))
-        self.averaging.warm(feedback=False)
-        self.exchanger = Exchanger(self.node, self.averaging, 0, 60.0)
-        self.exchanger.on_outcome = self.end
+    def __init__(self, exchanges: Pipe, me: int, address: str, elements: int) -> None:
+        self.me, codec = me, CodecConfig("int8")
+        self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),))], build_codec(codec))
+        self.exchange = Exchange(exchanges, lambda: print("the process of the exchanges has ended", flush=True))
+        self.exchange.on_outcome = self.end
+        identity = {"run": "bench", "fingerprint": "{}", "member": f"m_{me}", "rank": 0}
+        setup = Setup(identity, address, "", False, [elements], BLOCK, vars(codec), True, 60.0, 0, AUTO, "")
+        self.endpoint = self.exchange.open(setup.message())["endpoint"]
         self.ended = threading.Condition()
         self.outcomes: dict[str, Outcome] = {}
-        self.zeros = torch.zeros(elements)
+        self.delta, self.zeros = shared_zeros(elements), shared_zeros(elements)
+        self.delta.normal_(generator=torch.Generator().manual_seed(me))
 
     def end(self, outcome: Outcome) -> None:
         with self.ended:
             self.outcomes[outcome.attempt] = outcome
             self.ended.notify_all()
 
-    def exchange(self, members: list[list[Any]], names: list[str]) -> dict[str, Any]:
+    def exchanges(self, members: list[list[Any]], names: list[str]) -> dict[str, Any]:
         """One after the other. members: [number, endpoint] of each; names: of the attempts, the same at both ends."""
         parties = tuple(Party(f"m_{number}", (endpoint,), 1.0) for number, endpoint in members)
         place = [number for number, _ in members].index(self.me)
-        begin, (cpu, _), sent = time.monotonic(), cpu_seconds(), 0
+        begin, cpu, sent = time.monotonic(), cpu_seconds(), 0
         for name in names:
             key = (0, 0, int(name))
             contribution = self.averaging.contribution(0, 0, self.averaging.blocks(0), self.delta, self.zeros)
-            self.exchanger.offer(key, contribution)
-            self.exchanger.start(Order(name, key, parties, tuple(ownership([1.0, 1.0])), place))
+            self.exchange.offer(key, contribution)
+            self.exchange.start(Order(name, key, parties, tuple(ownership([1.0, 1.0])), place))
             with self.ended:
                 self.ended.wait_for(lambda name=name: name in self.outcomes)  # type: ignore[misc]
             outcome = self.outcomes.pop(name)
             assert outcome.digests is not None, outcome.reason
-            self.exchanger.decided(key)
+            self.exchange.decided(key)
             sent += outcome.sent
-        return {"seconds": time.monotonic() - begin, "cpu": cpu_seconds()[0] - cpu, "sent": sent}
+        return {"seconds": time.monotonic() - begin, "cpu": cpu_seconds() - cpu, "sent": sent}
 
     def build(self, overrides: list[str]) -> dict[str, Any]:
         """The model, and a few steps that do not count."""
@@ -86,7 +89,7 @@ class Worker:
         done, found = threading.Event(), dict[str, Any]()
 
         def work() -> None:
-            found.update(self.exchange(members, names))
+            found.update(self.exchanges(members, names))
             done.set()
 
         threading.Thread(target=work, daemon=True).start()
@@ -101,8 +104,9 @@ class Worker:
 
 
 def main() -> None:
+    exchanges = fork(exchanging.main)
     torch.set_num_threads(1)
-    obey(Worker(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    obey(Worker(exchanges, int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
 
 
 if __name__ == "__main__":

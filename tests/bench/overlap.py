@@ -4,7 +4,7 @@ python -m tests.bench.overlap [waiting] [slowdown]     both by default, about te
 
 waiting: two regions run the real loop over the WAN lab, but for the compute of their inner steps, which is a timed sleep as
 long as a GPU's step; it is chosen so that blocking rounds take the 17 % that INTELLECT-1 reports (arXiv 2412.01152).
-slowdown: real inner steps on these cores while an exchange fills the link, in the same process and in another one.
+slowdown: real inner steps on these cores while an exchange fills the link, the region's own and somebody else's.
 
 The store is a directory of this machine and ckpt.durable=false; nothing is evaluated or saved but at the end.
 """

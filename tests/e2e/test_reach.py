@@ -13,9 +13,10 @@ def test_a_region_behind_a_gateway_and_one_that_only_dials_out(cluster: Cluster)
         cluster.until(lambda: cluster.rounds() >= 1)
         state = cluster.state()
         assert state is not None
-        endpoints = {member.region: member.endpoints for member in state.members.values()}
-        assert endpoints["us"] == ("",)
-        assert [endpoint.split("/")[0] for endpoint in endpoints["eu"]] == [address, address]
+        members = {member.region: member for member in state.members.values()}
+        assert members["us"].endpoints == members["us"].data == ("",)
+        ways = [*members["eu"].endpoints, *members["eu"].data]
+        assert [way.split("/")[0] for way in ways] == [address] * 4 and len(set(ways)) == 4
         cluster.finish()
     rounds = [[record["digest"] for record in cluster.records(name, "round")] for name in ("eu", "us")]
     assert len(rounds[0]) == 3 and rounds[0] == rounds[1]
