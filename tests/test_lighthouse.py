@@ -23,13 +23,9 @@ from elastic.lighthouse import (
     is_local,
     serve,
 )
+from tests.ports import free_port
 
 REPO = Path(__file__).resolve().parents[1]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture

@@ -104,7 +104,8 @@ class Rank:
         identity = {"run": "r", "fingerprint": "{}", "member": member, "rank": 0}
         setup = Setup(identity, "127.0.0.1", "", False, [ELEMENTS], BLOCK, vars(codec), False, 10.0, 0, "", "")
         self.endpoint = self.exchange.open(setup.message())["endpoint"]
-        self.averaging = Averaging([Fragment(0, (Slot("w", (ELEMENTS,), 0),), BLOCK)], build_codec(codec))
+        fragment = Fragment(0, (Slot("w", (ELEMENTS,), 0),), BLOCK)
+        self.averaging = Averaging([fragment], build_codec(codec), zeros=shared_zeros)
         self.theta, self.local = shared_zeros(ELEMENTS), shared_zeros(ELEMENTS)
         self.residual = shared_zeros(ELEMENTS) if feedback else None
         torch.manual_seed(hash(member) % 1000)

@@ -15,7 +15,8 @@ import torch
 
 from ckpt.checkpoint import Piece, commit_manifest, load_manifest, newest, read_range, save_shard, verify
 from ckpt.store import MissingError, Store, StoreError
-from tests.s3_server import BUCKET, free_ports
+from tests.ports import free_ports
+from tests.s3_server import BUCKET
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,7 @@ from diloco.parallel import open_region
 from diloco.train import compose_config, leave
 from diloco.trainer import Order, Trainer
 from tests.bench._table import Row, at_most
-from tests.e2e.cluster import free_port
+from tests.ports import free_port
 
 SEQ_LEN = 128
 """Short, and one sequence a rank: two cores do a step in a second or two, and activations hide nothing."""

@@ -33,7 +33,8 @@ class Worker:
 
     def __init__(self, exchanges: Pipe, me: int, address: str, elements: int) -> None:
         self.me, codec = me, CodecConfig("int8")
-        self.averaging = Averaging([Fragment(0, (Slot("w", (elements,), 0),))], build_codec(codec))
+        fragment = Fragment(0, (Slot("w", (elements,), 0),))
+        self.averaging = Averaging([fragment], build_codec(codec), zeros=shared_zeros)
         self.exchange = Exchange(exchanges, lambda: print("the process of the exchanges has ended", flush=True))
         self.exchange.on_outcome = self.end
         identity = {"run": "bench", "fingerprint": "{}", "member": f"m_{me}", "rank": 0}

@@ -25,7 +25,7 @@ from diloco.train import compose_config, leave
 from diloco.trainer import Order, Trainer, build_model
 from tests.bench import _memory
 from tests.bench._table import Row, at_least, show
-from tests.e2e.cluster import free_port
+from tests.ports import free_port
 
 BLOCK = 25
 """Inner steps between two changes from one loop to the other; two blocks are a round."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from ckpt.store import Store
 from diloco.fold import State
 from diloco.journal import Journal
+from tests.ports import free_port
 
 SHORT = [
     "inner.batch=4",
@@ -27,12 +27,6 @@ SHORT = [
 ]
 SMALL = ["model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn: 128, tied: true}", *SHORT]
 """Overrides for a run that costs milliseconds a step: 118,016 parameters, 2 blocks."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import SMALL, Cluster, free_port
+from tests.e2e.cluster import SMALL, Cluster
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = "torch.distributed.run"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.e2e.cluster import Cluster, free_port, gateway
+from tests.e2e.cluster import Cluster, gateway
+from tests.ports import free_port
 
 
 def test_a_region_behind_a_gateway_and_one_that_only_dials_out(cluster: Cluster) -> None:

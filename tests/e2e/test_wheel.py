@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import SMALL, free_port
+from tests.e2e.cluster import SMALL
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
