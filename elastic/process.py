@@ -113,13 +113,12 @@ class Exchange:
         self._pipe.send({"do": do, **what})
 
     def _listen(self) -> None:
-        try:
-            while True:
+        while True:
+            try:
                 message, tensors = self._pipe.receive()
-                self._ended(message, tensors)
-        except OSError:
-            if not self._closed:
-                self._on_lost()
+            except OSError:
+                return None if self._closed else self._on_lost()
+            self._ended(message, tensors)
 
     def _ended(self, message: Message, tensors: list[Tensor]) -> None:
         digests = tensors[1].numpy().tobytes() if tensors else None
