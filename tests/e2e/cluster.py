@@ -68,7 +68,7 @@ class RegionProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit code. Raises AssertionError with the region's output when the deadline passes."""
         try:
             return self.process.wait(timeout)
@@ -144,7 +144,7 @@ class Cluster:
         journal.read()
         return journal.state
 
-    def until(self, what: Callable[[], object], timeout: float = 120) -> None:
+    def until(self, what: Callable[[], object], timeout: float = 300) -> None:
         """Polls until `what()` is true; fails with every region's output at the deadline, or when a region failed."""
         deadline = time.monotonic() + timeout
         while not what():
@@ -185,7 +185,7 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(f"--- {r.name} ({r.process.poll()})\n{r.text()[-3000:]}" for r in self.regions)
 
-    def finish(self, timeout: float = 120) -> None:
+    def finish(self, timeout: float = 300) -> None:
         """Waits until every region has ended by itself, all with exit code 0 but the killed ones."""
         codes = {r.name: r.wait(timeout) for r in self.regions}
         assert all(code in (0, -9) for code in codes.values()), self.logs()
