@@ -75,7 +75,7 @@ class Line:
             if self.tls is not None:
                 yield self.tls.take(), 0  # the alert
             raise Refused(str(error)) from error
-        except WireError:
+        except OSError:
             self.garbled = True
             raise
         self.region = self.tls.peer()
@@ -240,7 +240,8 @@ def drive(sock: socket.socket, steps: Steps[T], deadline: float) -> T:
             if left <= 0:
                 raise TimeoutError("the peer does not answer in time")
             sock.settimeout(left)
-            sock.sendall(out)
+            with suppress(ConnectionError):  # who has hung up may have said why: that is received next
+                sock.sendall(out)
             data = sock.recv(wanted) if wanted else b""
             if wanted and not data:
                 raise ConnectionResetError("the peer closed the connection before it answered")
