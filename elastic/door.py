@@ -23,6 +23,8 @@ STRANGERS = 256
 """Fewer than the 1,024 files that a process may have open by default."""
 SWEEP = 0.25
 """Seconds between two looks for who has had his time."""
+LINGER = 1.0
+"""Seconds that who was refused has to read why, and to close."""
 SENTENCES = 100
 """Refusals that are printed, each once: strangers must not fill a disk."""
 
@@ -138,6 +140,9 @@ class Door:
                 self._send(one, out)
                 out, one.wanted = one.steps.send(b"")
             self._send(one, out)
+            if one.line.over and one.deadline > time.monotonic() + LINGER:
+                one.deadline = time.monotonic() + LINGER
+                one.sock.shutdown(socket.SHUT_WR)
         except StopIteration as end:
             self._welcome(one, end.value)
         except Refused as error:

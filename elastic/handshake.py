@@ -49,6 +49,8 @@ class Line:
         """Bytes that may still come."""
         self.garbled = False
         """TLS has failed: a frame would not be understood any more."""
+        self.over = False
+        """The peer is refused and everything is said; it is for it to close: closing with unread bytes would destroy that."""
 
     def send(self, *messages: Message) -> Steps[None]:
         data = b"".join(encode(message) for message in messages)
@@ -178,9 +180,8 @@ def receive_hello(line: Line, security: Security) -> Steps[Message]:
     except Refused as error:
         if not line.garbled:
             yield from line.send(refusal(str(error)))
-        with suppress(
-            OSError
-        ):  # closing with unread bytes would destroy what was just sent: it is for the peer to close
+        line.over = True
+        with suppress(OSError):
             for _ in range(MAX_UNPROVEN):
                 yield b"", MAX_UNPROVEN
         raise

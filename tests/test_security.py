@@ -263,7 +263,9 @@ def test_the_secret_is_nowhere_but_where_it_was_put(tmp_path: Path, monkeypatch:
     assert chosen.secured and chosen.secret() == SECRET.encode()
     assert SECRET not in json.dumps(asdict(chosen)) + repr(chosen)
     assert Security(**json.loads(json.dumps(asdict(chosen)))) == chosen
-    assert choose("", str(secret(tmp_path, "another one, as long").secret_from), "eu").secret() == b"another one, as long"
+    assert (
+        choose("", str(secret(tmp_path, "another one, as long").secret_from), "eu").secret() == b"another one, as long"
+    )
     monkeypatch.setenv("DILOCO_SECRET", "short")
     with pytest.raises(SecurityError, match=r"\$DILOCO_SECRET holds fewer than 16 characters"):
         choose("", "", "eu").check()
