@@ -65,7 +65,8 @@ class Line:
     def encrypt(self, security: Security, server: bool) -> Steps[None]:
         """A TLS handshake; each side has seen the other's certificate then. Raises Refused."""
         try:
-            self.tls = Tls(security.context(server), server)
+            first = (yield from self._record()) if server else b""  # who says nothing costs no session
+            self.tls = Tls(security.context(server), server).feed(first)
             done = self.tls.handshake()
             yield self.tls.take(), 0
             while not done:

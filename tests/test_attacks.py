@@ -30,7 +30,7 @@ from tests.exchange_cluster import BLOCK, Cluster
 
 REPO = Path(__file__).resolve().parents[1]
 SECRET = "a secret of this run"
-KILL = b"POST /replica/eu_1/kill HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+KILL = b"POST /replica/eu_1/kill HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 KINDS = ("tls", "secret", "open")
 
 
