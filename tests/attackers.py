@@ -97,11 +97,16 @@ def idle(address: Address, count: int, source: str = "127.0.0.1") -> Iterator[li
 def meanwhile(*attacks: Callable[[], object]) -> Iterator[None]:
     """Each attack again and again, in a thread of its own, for as long as the block takes; each at least once."""
     ended, counts = threading.Event(), [0] * len(attacks)
+    failed: list[BaseException] = []
 
     def repeat(n: int, attack: Callable[[], object]) -> None:
         while not ended.is_set():
-            with suppress(OSError):
+            try:
                 attack()
+            except OSError:
+                pass  # hung up on, as attackers are
+            except BaseException as error:  # it got somewhere
+                failed.append(error)
             counts[n] += 1
             ended.wait(0.02)
 
@@ -115,6 +120,7 @@ def meanwhile(*attacks: Callable[[], object]) -> Iterator[None]:
         ended.set()
         for thread in threads:
             thread.join(30)
+    assert not failed, failed[0]
 
 
 class Wire:
