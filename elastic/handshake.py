@@ -13,6 +13,7 @@ import hmac
 import json
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -66,7 +67,7 @@ class Line:
         """A TLS handshake; each side has seen the other's certificate then. Raises Refused."""
         try:
             first = (yield from self._record()) if server else b""  # who says nothing costs no session
-            self.tls = Tls(security.context(server), server).feed(first)
+            self.tls = Tls(_context(security, server), server).feed(first)
             done = self.tls.handshake()
             yield self.tls.take(), 0
             while not done:
@@ -120,6 +121,13 @@ class Line:
             data += yield b"", size - len(data)
         self.budget -= size
         return data
+
+
+def _context(security: Security, server: bool) -> ssl.SSLContext:
+    try:
+        return security.context(server)
+    except OSError as error:  # a file is gone, or half written: the next connection tries again
+        raise Refused(f"the certificates on this side cannot be used: {error}") from error
 
 
 def refusal(reason: str) -> Message:

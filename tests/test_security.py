@@ -227,6 +227,18 @@ def test_one_side_without_tls(make: Make, certs: Path) -> None:
     assert us.refusals == 1
 
 
+def test_files_that_are_gone_are_named_and_found_again(make: Make, tmp_path: Path) -> None:
+    issue(tmp_path / "c", ["eu", "us"])
+    eu, us = make("eu_1", of(tmp_path / "c", "eu")), make("us_2", of(tmp_path / "c", "us"))
+    (tmp_path / "c" / "eu.key").rename(tmp_path / "eu.key")
+    assert "eu.key" in refused(eu, us.endpoint)
+    with pytest.raises(OSError):
+        us.dial(eu.endpoint, "echo")
+    assert until(lambda: "the certificates on this side cannot be used" in eu.refusal)
+    (tmp_path / "eu.key").rename(tmp_path / "c" / "eu.key")
+    assert us.dial(eu.endpoint, "echo", 10) and eu.dial(us.endpoint, "echo", 10)
+
+
 # ---- a secret ----
 
 
