@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("regions", nargs="*", metavar="REGION")
     parser.add_argument("--days", type=float, default=DAYS, help=f"validity of the certificates (default {DAYS})")
     parser.add_argument("--revoke", action="append", default=[], metavar="REGION")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # a name may follow an option
     try:
         if not options.regions and not options.revoke:
             raise ConfigError("no region is named: write python -m launch.certs DIR eu us, or --revoke eu")
