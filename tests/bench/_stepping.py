@@ -24,7 +24,6 @@ from elastic.memory import Pipe, shared_zeros
 from elastic.order import Order, Outcome, Party
 from elastic.plan import ownership
 from elastic.process import Exchange, fork
-from elastic.tcp import AUTO
 from tests.bench._worker import cpu_seconds, obey
 
 
@@ -38,7 +37,7 @@ class Worker:
         self.exchange = Exchange(exchanges, lambda: print("the process of the exchanges has ended", flush=True))
         self.exchange.on_outcome = self.end
         identity = {"run": "bench", "fingerprint": "{}", "member": f"m_{me}", "rank": 0}
-        setup = Setup(identity, address, "", False, [elements], BLOCK, vars(codec), True, 60.0, 0, AUTO, "")
+        setup = Setup(identity, address, [elements], BLOCK, vars(codec), compile=True, stall=60.0)
         self.endpoint = self.exchange.open(setup.message())["endpoint"]
         self.ended = threading.Condition()
         self.outcomes: dict[str, Outcome] = {}
