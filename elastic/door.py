@@ -151,8 +151,10 @@ class Door:
         except WireError:
             self._dismiss(one)
             self.refusals += 1
-        except OSError:  # gone, or too slow
+        except OSError:  # gone, or too slow; perhaps before it was told
             self._dismiss(one)
+            if one.line.refused:
+                self.refuse(f"{one.address}: {one.line.refused}")
         except NONSENSE as error:
             self._dismiss(one)
             self.refuse(f"{one.address}: {error}")

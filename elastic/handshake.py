@@ -50,8 +50,10 @@ class Line:
         """Bytes that may still come."""
         self.garbled = False
         """TLS has failed: a frame would not be understood any more."""
+        self.refused = ""
+        """Why the peer is; known before it is told, which may fail."""
         self.over = False
-        """The peer is refused and everything is said; it is for it to close: closing with unread bytes would destroy that."""
+        """Everything is said; it is for the peer to close: closing with unread bytes would destroy that."""
 
     def send(self, *messages: Message) -> Steps[None]:
         data = b"".join(encode(message) for message in messages)
@@ -75,7 +77,7 @@ class Line:
                 done = self.tls.handshake()
                 yield self.tls.take(), 0
         except TlsError as error:
-            self.garbled = True
+            self.garbled, self.refused = True, str(error)
             if self.tls is not None:
                 yield self.tls.take(), 0  # the alert
             raise Refused(str(error)) from error
@@ -187,6 +189,7 @@ def receive_hello(line: Line, security: Security) -> Steps[Message]:
     try:
         return (yield from _receive_hello(line, security))
     except Refused as error:
+        line.refused = str(error)
         if not line.garbled:
             yield from line.send(refusal(str(error)))
         line.over = True
