@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ckpt.store import StoreError
+from diloco.checkpoints import go_back
 from diloco.fragments import digest
+from diloco.journal import Journal, say
+from diloco.losing import Search
+from diloco.parallel import on_rank_0
 from diloco.planes import Bits
 from elastic.recovery import fetch
 
@@ -16,30 +23,112 @@ if TYPE_CHECKING:
     from diloco.trainer import Trainer
 
 
-def bits_of(trainer: Trainer, entry: dict[str, Any]) -> Bits:
-    """A committed round's, in this rank's slice. Raises OSError if nobody has them. Collective."""
-    held = trainer.links.exchanger.result(entry["attempt"])
-    data = fetch_bits(trainer, entry) if held is None else held
+AGAIN = 0.5
+"""Seconds between two looks for bits that nobody had."""
+
+
+def find_bits(trainer: Trainer, entry: dict[str, Any]) -> Bits | None:
+    """A committed round's, in this rank's slice, however long that takes. None: a rewind or the end of the run has made
+    them needless, or this region is asked to leave. Collective."""
+    data = trainer.links.exchanger.result(entry["attempt"])
+    search = Search(entry["seq"], trainer.cfg.ckpt.lost_wait)
+    journal = Journal(trainer.links.store)  # of its own: what the coordinator's reads, it passes on
+    while data is None and (data := fetch_bits(trainer, entry)) is None:
+        verdict = on_rank_0(trainer.region, lambda: _verdict(trainer, search, journal, entry["fragment"]))
+        if verdict == "ahead":
+            raise OSError(
+                f"this region is too far behind, the bits of journal entry {entry['seq']} are not kept any more: restart it, "
+                "and it fetches the run's parameters"
+            )
+        if verdict == "over":
+            return None
     return Bits(entry["fragment"], len(entry["answers"]), data)
 
 
-def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor:
-    """Those of a round that this region took no part in: from a member, else from the store. Raises OSError. Collective."""
+def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) -> str:
+    """Rank 0: says in the journal what is to be said, and waits a little, which is progress. wait, over, or ahead: a member
+    is, without having those bits any more."""
+    links = trainer.links
+    if links.control is not None:
+        links.control.alive_at = time.monotonic()
+        if links.control.leaving:
+            return "over"
+    try:
+        journal.read()
+        assert journal.state is not None
+        move = search.move(journal.state, time.monotonic())
+        if move == "lost" and _ahead(trainer, search.round, fragment):
+            return "ahead"
+        if move == "lost":
+            say(journal, {"kind": "lost", "round": search.round, "member": links.member})
+        elif move == "rewind":
+            go_back(links.member, links.checkpoints, journal, search.round)
+    except StoreError as error:
+        print(f"{links.member}: {error}; trying again", flush=True)
+        move = "wait"
+    time.sleep(AGAIN)
+    return "over" if move == "over" else "wait"
+
+
+def _ahead(trainer: Trainer, seq: int, fragment: int) -> bool:
+    """Whether a member that answers has parameters that hold round `seq`: then nothing is lost."""
+    blocks = trainer.fragments[fragment].blocks
+    for donor in _others(trainer):
+        try:
+            pieces = fetch(trainer.links.node, [donor], blocks, "theta", fragment, 0, 1)
+        except OSError:
+            continue
+        if pieces[0].base >= seq:
+            return True
+    return False
+
+
+def _others(trainer: Trainer) -> list[tuple[str, ...]]:
+    return [m.endpoints for m in trainer.state.members.values() if m.id != trainer.links.member]
+
+
+def answer_lost(trainer: Trainer, seq: int) -> None:
+    """Somebody cannot get a round's bits. If this region has them: `have`, and into the store with them, in the background."""
+    bits, attempt, links = trainer.planes.bits.get(seq), trainer.stored.get(seq), trainer.links
+    if bits is None or attempt is None:
+        return
+
+    def upload() -> None:
+        try:
+            if trainer.region.rank == 0:
+                say(Journal(links.store), {"kind": "have", "round": seq, "member": links.member})
+            links.checkpoints.save_bits(attempt, *trainer.planes.slices[bits.fragment], bits.data)
+        except OSError as error:  # who needs them asks again
+            print(f"{links.member}: the bits of journal entry {seq} were not stored: {error}", flush=True)
+
+    threading.Thread(target=upload, name="upload", daemon=True).start()
+
+
+def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor | None:
+    """Those of a round that this region took no part in: from a member, else from the store. None: from neither. Collective."""
     f, members = entry["fragment"], len(entry["answers"])
-    donors = [m.endpoints for m in trainer.state.members.values() if m.id != trainer.links.member]
+    donors = _others(trainer)
     blocks, (first, last) = trainer.fragments[f].blocks, trainer.planes.slices[f]
     bits: Tensor | None
     try:
         pieces = fetch(trainer.links.node, donors, blocks, f"bits/{entry['seq']}", f, first, last)
         bits = torch.cat([torch.empty(0, dtype=torch.uint8), *(piece.data for piece in pieces)])
     except OSError:
-        size = partial(trainer.averaging.result_size, f, members=members)
-        bits = trainer.links.checkpoints.load_bits(entry["attempt"], first, last, size)
+        bits = _stored(trainer, entry, first, last)
     digests = b"" if bits is None else trainer.averaging.digests(f, first, last, bits, members)
     whole = digest(b"".join(trainer.region.gather_bytes(digests)))
     if bits is None or whole != entry["digest"]:
-        raise OSError(f"the bits of journal entry {entry['seq']} are neither with a member nor in the store")
+        return None
     return bits
+
+
+def _stored(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> Tensor | None:
+    size = partial(trainer.averaging.result_size, entry["fragment"], members=len(entry["answers"]))
+    try:
+        return trainer.links.checkpoints.load_bits(entry["attempt"], first, last, size)
+    except StoreError as error:  # away, or pruned just now: the caller looks again
+        print(f"{trainer.links.member}: {error}", flush=True)
+        return None
 
 
 def serve_blocks(trainer: Trainer, plane: str, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:

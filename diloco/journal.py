@@ -59,6 +59,22 @@ class Journal:
         return self.store.create(entry_key(self.next_seq), data)
 
 
+def entries_of(store: Store, last: int) -> list[bytes]:
+    """The entries 0 to `last`."""
+    return [store.read(entry_key(seq)) for seq in range(last + 1)]
+
+
+def say(journal: Journal, fields: Entry) -> str | None:
+    """Appends an entry that is no round, again after each lost race. Returns why it is not valid (any more), or None. Raises
+    OSError if the store is away."""
+    while True:
+        journal.read()
+        if journal.state is not None and (reason := invalid(journal.state, fields)):
+            return reason
+        if journal.append(fields):
+            return None
+
+
 def describe(data: bytes) -> str:
     """One line about an entry, for people."""
     entry = json.loads(data)

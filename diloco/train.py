@@ -45,6 +45,7 @@ def run(cfg: Config) -> int:
     from diloco.fold import JournalError
     from diloco.joining import depart, join, leave_on_signals
     from diloco.parallel import open_region
+    from diloco.resetting import keep
     from diloco.trainer import Trainer
 
     with ExitStack() as stack:
@@ -56,6 +57,7 @@ def run(cfg: Config) -> int:
             join(trainer, stack)
             leave_on_signals(trainer)
             order = trainer.train()
+            keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
         depart(trainer, order)
