@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard, verify
@@ -20,6 +19,7 @@ from diloco.lineage import belongs, on_path, origin, path_of, rounds_after
 from diloco.parallel import Region
 from diloco.planes import Planes
 from diloco.shards import Select, Shards
+from diloco.slices import load_slices, spans
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL = "residual"
@@ -131,20 +131,13 @@ class Checkpoints:
 
     def load_bits(self, attempt: str, first: int, last: int, size: Callable[[int, int], int]) -> Tensor | None:
         """Blocks [first, last) from whatever slices there are; None if some are missing. size(a, b): bytes of [a, b)."""
-        parts, at = [], first
-        for a, b in sorted(tuple(map(int, key.split("/")[-1].split("-"))) for key in self._bits(attempt)):
-            if a <= at < min(b, last):
-                stop = min(b, last)
-                data = self.store.read(f"{self.bits_root}/{attempt}/{a}-{b}", size(a, at), size(a, stop))
-                parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-                at = stop
-        return torch.cat([torch.empty(0, dtype=torch.uint8), *parts]) if at == last else None
+        return load_slices(self.store, f"{self.bits_root}/{attempt}", first, last, size)
 
     def has_bits(self, attempt: str, blocks: int) -> bool:
         """Whether all blocks of the attempt's result are stored."""
         at = 0
-        for a, b in sorted(tuple(map(int, key.split("/")[-1].split("-"))) for key in self._bits(attempt)):
-            at = b if a <= at else at
+        for a, b in spans(self.store, f"{self.bits_root}/{attempt}"):
+            at = max(at, b) if a <= at else at
         return at >= blocks
 
     def drop_bits(self, stored: dict[int, str]) -> dict[int, str]:
