@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from functools import partial
@@ -15,6 +16,7 @@ from diloco.checkpoints import go_back
 from diloco.fragments import digest
 from diloco.journal import Journal, say
 from diloco.losing import Search
+from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
 from diloco.planes import Bits
 from elastic.recovery import fetch
@@ -35,19 +37,17 @@ def find_bits(trainer: Trainer, entry: dict[str, Any]) -> Bits | None:
     journal = Journal(trainer.links.store)  # of its own: what the coordinator's reads, it passes on
     while data is None and (data := fetch_bits(trainer, entry)) is None:
         verdict = on_rank_0(trainer.region, lambda: _verdict(trainer, search, journal, entry["fragment"]))
-        if verdict == "ahead":
-            raise OSError(
-                f"this region is too far behind, the bits of journal entry {entry['seq']} are not kept any more: restart it, "
-                "and it fetches the run's parameters"
-            )
+        if isinstance(verdict, list) and leap(trainer, entry, tuple(verdict)):
+            return None
         if verdict == "over":
+            trainer.behind = True
             return None
     return Bits(entry["fragment"], len(entry["answers"]), data)
 
 
-def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) -> str:
-    """Rank 0: says in the journal what is to be said, and waits a little, which is progress. wait, over, or ahead: a member
-    is, without having those bits any more."""
+def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) -> str | list[str]:
+    """Rank 0: says in the journal what is to be said, and waits a little, which is progress. wait, over, or the endpoints of
+    a member that is beyond this round, without having its bits any more."""
     links = trainer.links
     if links.control is not None:
         links.control.alive_at = time.monotonic()
@@ -57,8 +57,8 @@ def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) 
         journal.read()
         assert journal.state is not None
         move = search.move(journal.state, time.monotonic())
-        if move == "lost" and _ahead(trainer, search.round, fragment):
-            return "ahead"
+        if move == "lost" and (donor := _ahead(trainer, search.round, fragment)):
+            return donor
         if move == "lost":
             say(journal, {"kind": "lost", "round": search.round, "member": links.member})
         elif move == "rewind":
@@ -70,8 +70,8 @@ def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) 
     return "over" if move == "over" else "wait"
 
 
-def _ahead(trainer: Trainer, seq: int, fragment: int) -> bool:
-    """Whether a member that answers has parameters that hold round `seq`: then nothing is lost."""
+def _ahead(trainer: Trainer, seq: int, fragment: int) -> list[str]:
+    """A member that answers whose parameters hold round `seq`: nothing is lost then."""
     blocks = trainer.fragments[fragment].blocks
     for donor in _others(trainer):
         try:
@@ -79,8 +79,40 @@ def _ahead(trainer: Trainer, seq: int, fragment: int) -> bool:
         except OSError:
             continue
         if pieces[0].base >= seq:
-            return True
-    return False
+            return list(donor)
+    return []
+
+
+def leap(trainer: Trainer, entry: dict[str, Any], donor: tuple[str, ...]) -> bool:
+    """Over rounds whose bits are not kept any more: a fragment's θ and moments as `donor` has them, and what this region did
+    since its own θ on top. False: that did not give one state; look again. Collective."""
+    f, bases, flats = entry["fragment"], {-1}, list[Tensor]()
+    try:
+        bases, flats = fetch_fragment(trainer, [donor], f)
+    except OSError as error:
+        print(f"{trainer.links.member}: {error}", flush=True)
+    said = trainer.region.gather_bytes(json.dumps(sorted(bases)).encode())
+    everyone = {base for data in said for base in json.loads(data)}
+    if len(everyone) != 1 or (base := everyone.pop()) < entry["seq"]:
+        return False
+    if trainer.snapshots.pop(f, None) is None:
+        trainer.clock.missed()
+    mine = progress(trainer.shards.read(f), trainer.planes.theta[f])
+    trainer.planes.load(f, base, *flats)
+    trainer.shards.write(f, rebase(trainer.planes.theta[f], mine))
+    trainer.links.exchanger.decided((entry["epoch"], f, entry["base"]))
+    if trainer.region.rank == 0:
+        print(f"{trainer.links.member}: fragment {f} as of entry {base} from a member that is ahead", flush=True)
+    return True
+
+
+def fetch_fragment(trainer: Trainer, donors: list[tuple[str, ...]], f: int) -> tuple[set[int], list[Tensor]]:
+    """This rank's slices of θ and moments, and the seqs of the last rounds in their blocks: none if it has no blocks, and not
+    to be used if they are several. Raises OSError."""
+    blocks, own = trainer.fragments[f].blocks, trainer.planes.slices[f]
+    fetched = [fetch(trainer.links.node, donors, blocks, plane, f, *own) for plane in trainer.planes.names]
+    flats = [torch.cat([torch.empty(0), *(p.data.view(torch.float32) for p in pieces)]) for pieces in fetched]
+    return {piece.base for pieces in fetched for piece in pieces}, flats
 
 
 def _others(trainer: Trainer) -> list[tuple[str, ...]]:

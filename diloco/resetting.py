@@ -29,5 +29,5 @@ def keep(trainer: Trainer, order: Order) -> None:
     by_hand = state.stopped is not None and state.finished is None
     leaving = state.stopped is None and not trainer.cfg.ckpt.durable
     newest = max(fragment.base for fragment in state.fragments)
-    if order.clean and not trainer.behind and newest > trainer.saved and (by_hand or leaving):
+    if order.clean and trainer.in_step and newest > trainer.saved and (by_hand or leaving):
         trainer.save(leaving or member == min(state.members, default=""))

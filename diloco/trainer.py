@@ -162,8 +162,8 @@ class Trainer:
 
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         """A boundary: snapshots the fragment, offers the pseudo-gradient to the exchange, and answers. Collective."""
-        if self.behind:
-            return  # theta is not the run's: the epoch ends
+        if self.behind or not self.in_step:
+            return  # theta is not that of the state: the epoch ends, or more entries come
         key, theta = (epoch, fragment, base), self.planes.theta[fragment]
         flat = read_gradient(self, fragment) if self.data_parallel else self.shards.read(fragment)
         minuend, subtrahend = (flat, torch.zeros_like(flat)) if self.data_parallel else (theta, flat)
@@ -189,6 +189,11 @@ class Trainer:
         }
         if self.links.coordinator is not None:
             self.links.coordinator.post(rounds.Answered(fragment, epoch, base, answer))
+
+    @property
+    def in_step(self) -> bool:
+        """The planes are those of the state: not while entries are missing that a donor had."""
+        return self.planes.bases == [fragment.base for fragment in self.state.fragments]
 
     def digest(self, plane: str, fragment: int) -> str:
         """Of a whole plane, from the ranks' block digests; computed once a round. Collective."""
@@ -218,8 +223,7 @@ class Trainer:
         if self.planes.bases[f] >= seq or self.behind:
             return  # these planes came from a peer or a checkpoint that had it already, or a rewind follows
         if (bits := find_bits(self, entry)) is None:
-            self.behind = True
-            return
+            return  # a newer state came instead, or a rewind follows
         snapshot = self.snapshots.pop(f, None)
         out = before.rejected(f, entry["answers"])
         counted = {answer["member"] for answer in entry["answers"]} - out
@@ -324,7 +328,7 @@ class Trainer:
         ending = self.state.finished is not None
         if ending or (self.cfg.run.eval_every and rounds_done % self.cfg.run.eval_every == 0):
             self.evaluate()
-        if ending or rounds_done % self.cfg.ckpt.every == 0:
+        if self.in_step and (ending or rounds_done % self.cfg.ckpt.every == 0):
             self.save(entry["answers"][0]["member"] == self.links.member)
 
     def evaluate(self) -> None:

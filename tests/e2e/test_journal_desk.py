@@ -14,7 +14,8 @@ import pytest
 
 from ckpt.store import Store
 from diloco.journal import Journal, main, say
-from tests.e2e.cluster import Cluster, RegionProcess, kill
+from diloco.lineage import origin
+from tests.e2e.cluster import Cluster, RegionProcess
 from tests.e2e.test_by_hand import ENDLESS, digests, entries, regions_of, wait_for_rounds
 
 Desk = Callable[..., tuple[int, str]]
@@ -96,7 +97,7 @@ def test_a_live_run_obeys_and_its_journal_proves_it(cluster: Cluster, desk: Desk
 
 
 def test_an_expelled_region_goes_and_stays_out(cluster: Cluster, desk: Desk) -> None:
-    eu, us = (cluster.start(name, *ENDLESS, "elastic.start_regions=2") for name in ("eu", "us"))
+    _, us = [cluster.start(name, *ENDLESS, "elastic.start_regions=2") for name in ("eu", "us")]
     wait_for_rounds(cluster, ["eu", "us"])
     assert desk("expel", "mars")[0] == 2 and desk("expel", "us")[0] == 0
     gone(cluster, us, 1)
@@ -114,10 +115,15 @@ def test_an_expelled_region_goes_and_stays_out(cluster: Cluster, desk: Desk) -> 
     checked(desk, cluster)
 
 
-def test_a_region_that_diverges_has_no_weight_and_is_expelled(cluster: Cluster, desk: Desk) -> None:
-    eu = cluster.start("eu", *ENDLESS)
-    cluster.until(lambda: cluster.rounds() >= 5)
-    us = cluster.start("us", *ENDLESS, "inner.lr=30", "inner.warmup=0")
+STREAMING = ["outer.fragments=2", "outer.max_overlap_steps=3", "codec.error_feedback=true"]
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_a_region_that_diverges_has_no_weight_and_is_expelled(cluster: Cluster, desk: Desk, fragments: int) -> None:
+    how = STREAMING if fragments == 2 else []
+    eu = cluster.start("eu", *ENDLESS, *how)
+    cluster.until(lambda: cluster.rounds() >= 12)
+    us = cluster.start("us", *ENDLESS, *how, "inner.lr=30", "inner.warmup=0")
     gone(cluster, us, 1)
     assert us.text().count("its contribution was rejected, going on from the run's parameters") == 3, us.text()
     assert "us is expelled from this run" in us.text() and "weight 0: us_" in eu.text()
@@ -126,7 +132,9 @@ def test_a_region_that_diverges_has_no_weight_and_is_expelled(cluster: Cluster, 
     cluster.finish()
     state = state_of(cluster)
     norms = [a["norm"] for e in entries(cluster, "round") for a in e["answers"] if a["member"].startswith("us")]
-    assert len(norms) == 3 and state.expelled == ("us",) and state.ledger.rejected == 3 * 8 * 4
+    steps = [a["steps"] for e in entries(cluster, "round") for a in e["answers"] if a["member"].startswith("us")]
+    assert len(norms) >= 3 and state.expelled == ("us",)
+    assert state.ledger.rejected == sum(steps) * 4 if fragments == 1 else state.ledger.rejected > 0
     ours = digests(cluster, "eu")
     assert {seq: d for seq, d in digests(cluster, "us").items() if ours[seq] != d} == {}
     losses = [record["loss"] for record in cluster.records("eu", "eval")]
@@ -147,10 +155,35 @@ def test_lost_bits_are_waited_for_and_then_the_run_goes_back(cluster: Cluster) -
     assert time.monotonic() - begin > 6
     lost, rewind = entries(cluster, "lost")[-1], entries(cluster, "rewind")[-1]
     assert rewind["seq"] == lost["seq"] + 1 and rewind["reason"] == "lost"
-    assert lost["round"] == int(rewind["checkpoint"].rsplit("/", 1)[-1]) + 1 or lost["round"] > 0
+    assert lost["round"] > origin(rewind["checkpoint"]) > 0
     cluster.until(lambda: entries(cluster, "round")[-1]["epoch"] == rewind["seq"])
     again.signal(signal.SIGINT)
     cluster.finish()
+
+
+def test_a_member_that_cannot_get_bits_takes_the_run_back(cluster: Cluster) -> None:
+    """Both ways: us is frozen while eu goes on. First eu is still there when us thaws, and gives it its θ; then it is killed
+    first, and nobody has the bits."""
+    settings = [*LOSSY, "ckpt.keep=99", "outer.boundary=first"]
+    eu, us = [cluster.start(name, *settings, "elastic.start_regions=2") for name in ("eu", "us")]
+    wait_for_rounds(cluster, ["eu", "us"])
+    us.signal(signal.SIGSTOP)
+    wait_for_rounds(cluster, ["eu"], 4)
+    us.signal(signal.SIGCONT)
+    wait_for_rounds(cluster, ["eu", "us"])
+    assert "from a member that is ahead" in us.text() and not entries(cluster, "lost")
+    us.signal(signal.SIGSTOP)
+    wait_for_rounds(cluster, ["eu"], 4)
+    cluster.kill_when(lambda: cluster.rounds() % 5 == 3, eu)
+    us.signal(signal.SIGCONT)
+    cluster.until(lambda: entries(cluster, "rewind"))
+    lost, rewind = entries(cluster, "lost")[-1], entries(cluster, "rewind")[-1]
+    assert rewind["seq"] == lost["seq"] + 1 and lost["member"].startswith("us")
+    cluster.until(lambda: entries(cluster, "round")[-1]["epoch"] == rewind["seq"])
+    us.signal(signal.SIGINT)
+    cluster.finish()
+    ours, theirs = digests(cluster, "eu"), digests(cluster, "us")
+    assert all(ours[seq] == theirs[seq] for seq in ours.keys() & theirs.keys())
 
 
 def test_who_has_lost_bits_uploads_them(cluster: Cluster) -> None:
@@ -208,7 +241,7 @@ def test_verify_says_what_is_missing_or_wrong(cluster: Cluster, desk: Desk, tmp_
 
 
 def test_bad_commands_are_one_sentence(cluster: Cluster, desk: Desk) -> None:
-    assert kill.__name__ and desk("show")[0] == 2
+    assert desk("show")[0] == 2
     cluster.start("eu", "outer.sync_every=8", "run.rounds=2", "outer.fragments=2")
     cluster.until(lambda: cluster.rounds() >= 1)
     for command, sentence in (
