@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diloco.norms import ENOUGH, STRIKES, WINDOW, extended, rejected
+from diloco.norms import ENOUGH, WINDOW, extended, rejected
 from tests.test_journal import Log, answer, check_ledger, joining, opening
 
 SEEN = tuple((1.0 + i / 10, 4.0 + i) for i in range(5))
@@ -32,7 +32,9 @@ def test_golden() -> None:
     assert out(good, said("us_1", 1e9), norms=SEEN[: ENOUGH - 1]) == set(), "too little is known yet"
     assert out(good, said("us_1", 5.9, steps=0)) == set() == out(good, said("us_1", 5.9, steps=0, tokens=0))
     assert out(good, said("us_1", 13.0, steps=1)) == {"us_1"}
-    assert out(said("eu_1", 6.0, steps=1), norms=((0.1, 6.0),) * 4) == set(), "large for a step, and harmless"
+    known = ((0.1, 6.0),) * 4
+    assert out(said("eu_1", 0.3), said("us_1", 6.0, steps=1), norms=known) == set(), "large for a step, and harmless"
+    assert out(said("eu_1", 0.3), said("us_1", 6.1, steps=1), norms=known) == {"us_1"}
     assert out(good, said("us_1", 2000.0, steps=10**6)) == {"us_1"}, "nobody takes more steps than leases are for"
     assert out(said("eu_1", 1e6), said("us_1", 1e6)) == set(), "where nobody is left, all count"
     assert out(said("eu_1", 1e6), said("us_1", None)) == {"us_1"}
@@ -95,7 +97,7 @@ def test_a_rejected_contribution_has_no_weight_and_its_samples_are_dropped(norm:
 
 def test_three_in_a_row_expel_the_region() -> None:
     log = settled()
-    for i in range(STRIKES):
+    for i in range(3):
         assert log.state.expelled == ()
         log.add(large(log, eu=6 + i, us=90 + i))
     assert log.state.expelled == ("us",) and set(log.state.members) == {"eu_1"} and log.state.strikes == {}
@@ -115,7 +117,7 @@ def test_a_good_one_between_is_a_new_start_and_a_restart_is_none() -> None:
     mine = log.state.members["us_2"].leases[0]
     log.add(log.round(answer("us_2", (mine.id, mine.start + 1)), answer("eu_1")))
     assert log.state.strikes == {}
-    for i in range(STRIKES - 1):
+    for i in range(2):
         log.add(log.round(answer("us_2", (mine.id, mine.start + 2 + i)) | {"norm": None}, answer("eu_1")))
     log.add(joining("us_3"))
     mine = log.state.members["us_3"].leases[0]
@@ -132,7 +134,7 @@ def test_a_round_of_nothing_but_broken_ones_goes_on() -> None:
     assert state.ledger.rejected == 8 and state.strikes == {"eu": 1, "us": 1}
 
 
-@pytest.mark.parametrize("norm", [-1.0, "1", True, [1.0]])
+@pytest.mark.parametrize("norm", [-1.0, "1", "", True, False, [1.0], []])
 def test_what_is_no_norm_is_refused(norm: Any) -> None:
     log = settled()
     log.refuses(large(log, norm), "us_1 has no norm")
