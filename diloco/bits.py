@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ckpt.checkpoint import DamagedError
 from ckpt.store import StoreError
 from diloco.checkpoints import go_back
 from diloco.fragments import digest
-from diloco.journal import Journal, say
+from diloco.journal import Journal, entries_of, say
 from diloco.losing import Search
 from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
@@ -37,7 +38,7 @@ def find_bits(trainer: Trainer, entry: dict[str, Any]) -> Bits | None:
     journal = Journal(trainer.links.store)  # of its own: what the coordinator's reads, it passes on
     while data is None and (data := fetch_bits(trainer, entry)) is None:
         verdict = on_rank_0(trainer.region, lambda: _verdict(trainer, search, journal, entry["fragment"]))
-        if isinstance(verdict, list) and leap(trainer, entry, tuple(verdict)):
+        if isinstance(verdict, list) and leap(trainer, entry, verdict):
             return None
         if verdict == "over":
             trainer.behind = True
@@ -46,8 +47,8 @@ def find_bits(trainer: Trainer, entry: dict[str, Any]) -> Bits | None:
 
 
 def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) -> str | list[str]:
-    """Rank 0: says in the journal what is to be said, and waits a little, which is progress. wait, over, or the endpoints of
-    a member that is beyond this round, without having its bits any more."""
+    """Rank 0: says in the journal what is to be said, and waits a little, which is progress. wait, over, or where parameters
+    are that hold the round already: a member's endpoints, or a checkpoint's prefix alone."""
     links = trainer.links
     if links.control is not None:
         links.control.alive_at = time.monotonic()
@@ -57,8 +58,10 @@ def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) 
         journal.read()
         assert journal.state is not None
         move = search.move(journal.state, time.monotonic())
-        if move == "lost" and (donor := _ahead(trainer, search.round, fragment)):
-            return donor
+        if move in ("lost", "rewind"):
+            newer = _ahead(trainer, search.round, fragment) or _stored_ahead(trainer, search.round, journal)
+            if newer:
+                return newer
         if move == "lost":
             say(journal, {"kind": "lost", "round": search.round, "member": links.member})
         elif move == "rewind":
@@ -83,13 +86,26 @@ def _ahead(trainer: Trainer, seq: int, fragment: int) -> list[str]:
     return []
 
 
-def leap(trainer: Trainer, entry: dict[str, Any], donor: tuple[str, ...]) -> bool:
-    """Over rounds whose bits are not kept any more: a fragment's θ and moments as `donor` has them, and what this region did
-    since its own θ on top. False: that did not give one state; look again. Collective."""
+def _stored_ahead(trainer: Trainer, seq: int, journal: Journal) -> list[str]:
+    """The same of a checkpoint: bits that it holds are not kept."""
+    checkpoints, state = trainer.links.checkpoints, journal.state
+    assert state is not None
+    there = (manifest for manifest in checkpoints.candidates() if manifest["seq"] >= seq)
+    whole = checkpoints.newest_whole(there, entries_of(journal.store, state.seq))
+    return [] if whole is None else [whole["prefix"]]
+
+
+def leap(trainer: Trainer, entry: dict[str, Any], source: list[str]) -> bool:
+    """Over rounds whose bits are not kept any more: a fragment's θ and moments as a member or a checkpoint has them, and what
+    this region did since its own θ on top. False: that did not give one state; look again. Collective."""
     f, bases, flats = entry["fragment"], {-1}, list[Tensor]()
+    stored = source[0].startswith("checkpoints/")
     try:
-        bases, flats = fetch_fragment(trainer, [donor], f)
-    except OSError as error:
+        if stored:
+            bases, flats = trainer.links.checkpoints.load_fragment(source[0], f, trainer.planes)
+        else:
+            bases, flats = fetch_fragment(trainer, [tuple(source)], f)
+    except (OSError, DamagedError) as error:
         print(f"{trainer.links.member}: {error}", flush=True)
     said = trainer.region.gather_bytes(json.dumps(sorted(bases)).encode())
     everyone = {base for data in said for base in json.loads(data)}
@@ -102,7 +118,8 @@ def leap(trainer: Trainer, entry: dict[str, Any], donor: tuple[str, ...]) -> boo
     trainer.shards.write(f, rebase(trainer.planes.theta[f], mine))
     trainer.links.exchanger.decided((entry["epoch"], f, entry["base"]))
     if trainer.region.rank == 0:
-        print(f"{trainer.links.member}: fragment {f} as of entry {base} from a member that is ahead", flush=True)
+        where = f"checkpoint {source[0]}" if stored else "a member that is ahead"
+        print(f"{trainer.links.member}: fragment {f} as of entry {base} from {where}", flush=True)
     return True
 
 
@@ -120,20 +137,29 @@ def _others(trainer: Trainer) -> list[tuple[str, ...]]:
 
 
 def answer_lost(trainer: Trainer, seq: int) -> None:
-    """Somebody cannot get a round's bits. If this region has them: `have`, and into the store with them, in the background."""
+    """Somebody cannot get a round's bits. If this region has them: `have`, and into the store with them, in the background. If
+    it has parameters that hold them, its next checkpoint does instead, at once. Collective."""
     bits, attempt, links = trainer.planes.bits.get(seq), trainer.stored.get(seq), trainer.links
     if bits is None or attempt is None:
+        if trainer.in_step and not trainer.behind:
+            if trainer.region.rank == 0:
+                _have(trainer, seq)
+            trainer.save(mine=True)
         return
 
     def upload() -> None:
         try:
             if trainer.region.rank == 0:
-                say(Journal(links.store), {"kind": "have", "round": seq, "member": links.member})
+                _have(trainer, seq)
             links.checkpoints.save_bits(attempt, *trainer.planes.slices[bits.fragment], bits.data)
         except OSError as error:  # who needs them asks again
             print(f"{links.member}: the bits of journal entry {seq} were not stored: {error}", flush=True)
 
     threading.Thread(target=upload, name="upload", daemon=True).start()
+
+
+def _have(trainer: Trainer, seq: int) -> None:
+    say(Journal(trainer.links.store), {"kind": "have", "round": seq, "member": trainer.links.member})
 
 
 def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor | None:

@@ -186,6 +186,27 @@ def test_a_member_that_cannot_get_bits_takes_the_run_back(cluster: Cluster) -> N
     assert all(ours[seq] == theirs[seq] for seq in ours.keys() & theirs.keys())
 
 
+def test_a_member_that_reaches_no_peer_takes_planes_from_a_checkpoint(cluster: Cluster) -> None:
+    """us is frozen while eu goes on, and the bits are dropped that checkpoints hold; then eu leaves. Nothing is lost."""
+    settings = [*ENDLESS, "ckpt.every=1", "ckpt.keep=1", "outer.boundary=first"]
+    eu, us = [cluster.start(name, *settings, "elastic.start_regions=2") for name in ("eu", "us")]
+    wait_for_rounds(cluster, ["eu", "us"])
+    us.signal(signal.SIGSTOP)
+    wait_for_rounds(cluster, ["eu"], 4)
+    eu.signal(signal.SIGINT)
+    assert eu.wait(60) == 0
+    rounds = len(entries(cluster, "round"))
+    us.signal(signal.SIGCONT)
+    cluster.until(lambda: len(entries(cluster, "round")) >= rounds + 2)
+    us.signal(signal.SIGINT)
+    cluster.finish()
+    assert "fragment 0 as of entry" in us.text() and "from checkpoint checkpoints/" in us.text(), us.text()
+    assert not entries(cluster, "lost") and not entries(cluster, "rewind")
+    theta = {e["base"]: e["theta"] for e in entries(cluster, "round")[rounds:]}
+    ours = digests(cluster, "eu")
+    assert theta[max(ours)] == ours[max(ours)], "the next round builds on what eu had"
+
+
 def test_who_has_lost_bits_uploads_them(cluster: Cluster) -> None:
     """A round's bits are with one member alone; somebody says that it cannot get them."""
     eu = cluster.start("eu", *LOSSY)
