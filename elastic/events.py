@@ -22,6 +22,8 @@ class View:
     stopped: bool = False
     first: bool = True
     """No round has been committed yet."""
+    paused: bool = False
+    """No round may be committed until an entry says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Exchange:
     base: int
     answers: tuple[Message, ...]
     """In member order."""
+    store: bool = True
+    """The lowest member stores the result before it reports `Exchanged`."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class SetAlarm:
     alarm: Alarm
     kind: str
     """jitter: a short random time; patience: longer than the lowest member needs to append; minority: longer than
-    detection plus an exchange."""
+    detection plus an exchange; resend: longer than an answer takes."""
 
 
 @dataclass(frozen=True)

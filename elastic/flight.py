@@ -24,6 +24,10 @@ class Flight:
     attempt: str = ""
     held: dict[str, dict[str, str]] = field(default_factory=dict)
     """attempt -> member -> digest of the result that it holds."""
+    store: bool = False
+    """The lowest member stores the result of `attempt` before it holds it."""
+    stored: set[str] = field(default_factory=set)
+    """Attempts whose results are stored."""
     waited: int = -1
     """Head for which the minority wait is over."""
     given_up: bool = False

@@ -6,7 +6,7 @@ entry per seq, valid against the entries before it); everything here serves prog
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from elastic.events import (
     Action,
@@ -40,8 +40,10 @@ AHEAD = 1000
 class Rounds:
     """handle(event) -> actions. One instance per member, driven by one thread."""
 
-    def __init__(self, me: str, start_regions: int = 1, min_regions: int = 1) -> None:
+    def __init__(self, me: str, start_regions: int = 1, min_regions: int = 1, durable: bool = True) -> None:
         self.me = me
+        self.durable = durable
+        """Every result is stored before it counts as held, not only a minority's."""
         self.start_regions = start_regions
         self.min_regions = min_regions
         self.view: View | None = None
@@ -136,7 +138,7 @@ class Rounds:
 
     def _propose(self, fragment: int) -> Iterator[Action]:
         view, flight = self.view, self.flights.get(fragment)
-        if view is None or view.stopped or flight is None or not flight.due or flight.best:
+        if view is None or view.stopped or view.paused or flight is None or not flight.due or flight.best:
             return
         connected = self.connected()
         members = tuple(member for member in connected if member not in flight.without)
@@ -153,6 +155,7 @@ class Rounds:
             if member != self.me:
                 yield Send(member, proposal.message("propose"))
         yield from self._adopt(proposal)
+        yield self._resend_later(fragment, flight)
 
     def _minority(self, members: tuple[str, ...]) -> bool:
         """Fewer than half of the run's."""
@@ -271,12 +274,13 @@ class Rounds:
         flight = self.flights.get(proposal.fragment)
         if flight is None or flight.best != proposal or flight.attempt or flight.answer not in answers:
             return
-        if not self._current(proposal):
+        if flight.given_up or not self._current(proposal):  # given up: said twice, its exchange is over here
             return
         if tuple(answer["member"] for answer in answers) != proposal.members:
             return
         flight.attempt, flight.started = attempt_id(proposal, answers), tuple(answers)
-        yield Exchange(flight.attempt, proposal.fragment, flight.epoch, flight.base, flight.started)
+        flight.store = self.durable or self._minority(proposal.members)
+        yield Exchange(flight.attempt, proposal.fragment, flight.epoch, flight.base, flight.started, flight.store)
 
     # Holding and committing
 
@@ -284,16 +288,27 @@ class Rounds:
         for fragment, flight in self.flights.items():
             if flight.attempt == attempt and flight.best is not None:
                 flight.held.setdefault(attempt, {})[self.me] = digest
-                message = flight.best.message("held", attempt=attempt, digest=digest)
-                yield from (Send(member, message) for member in flight.best.members if member != self.me)
+                if flight.store and self.me == flight.best.members[0]:
+                    flight.stored.add(attempt)
+                yield from self._say_held(flight, flight.best.members)
+                yield self._resend_later(fragment, flight)
                 yield from self._try_append(fragment, flight, first=True)
                 return
+
+    def _say_held(self, flight: Flight, members: Iterable[str]) -> Iterator[Action]:
+        assert flight.best is not None
+        attempt, stored = flight.attempt, flight.attempt in flight.stored
+        digest = flight.held[attempt][self.me]
+        message = flight.best.message("held", attempt=attempt, digest=digest, stored=stored)
+        yield from (Send(member, message) for member in members if member != self.me)
 
     def _held(self, sender: str, message: Message) -> Iterator[Action]:
         flight = self.flights.get(int(message["fragment"]))
         if flight is None or (flight.epoch, flight.base) != (message["epoch"], message["base"]):
             return
         flight.held.setdefault(str(message["attempt"]), {})[sender] = str(message["digest"])
+        if message.get("stored") is True:
+            flight.stored.add(str(message["attempt"]))
         yield from self._try_append(int(message["fragment"]), flight, first=True)
 
     def complete(self, flight: Flight) -> bool:
@@ -305,20 +320,31 @@ class Rounds:
         """The lowest member appends, and again at each new head; the others when their patience ends."""
         if not self.complete(flight):
             return
-        assert flight.best is not None
+        assert flight.best is not None and self.view is not None
         held = flight.held[flight.attempt]
         if len({held[member] for member in flight.best.members}) > 1:
             yield Halt(
                 f"the members hold different results of fragment {fragment}: this is a bug, nothing was committed"
             )
+        elif self._minority(flight.best.members) and flight.waited != self.view.seq:
+            yield SetAlarm(Alarm("minority", fragment, str(self.view.seq)), "minority")
         elif self.me == flight.best.members[0]:
-            yield self._append(fragment, flight)
+            yield from self._append(fragment, flight)
         elif first:
             yield SetAlarm(Alarm("append", fragment, flight.attempt), "patience")
 
-    def _append(self, fragment: int, flight: Flight) -> Append:
+    def _append(self, fragment: int, flight: Flight) -> Iterator[Action]:
+        assert flight.best is not None and self.view is not None
+        if self.view.paused:
+            return
+        if self._minority(flight.best.members):
+            if flight.attempt not in flight.stored:  # members joined since: the others could not get its bits
+                yield from self._give_up(flight)
+                return
+            if flight.waited != self.view.seq:
+                return
         answers = [{k: v for k, v in a.items() if k not in ("theta", "momentum")} for a in flight.started]
-        return Append(
+        yield Append(
             {
                 "kind": "round",
                 "fragment": fragment,
@@ -364,8 +390,30 @@ class Rounds:
             flight.best = None
             yield from self._propose(alarm.fragment)
         elif alarm.name == "append" and alarm.attempt == flight.attempt and self.complete(flight):
-            yield self._append(alarm.fragment, flight)
+            yield from self._append(alarm.fragment, flight)
             yield SetAlarm(alarm, "patience")
         elif alarm.name == "minority" and alarm.attempt == str(self.view.seq):
             flight.waited = self.view.seq
+            yield from self._try_append(alarm.fragment, flight, first=True)
             yield from self._propose(alarm.fragment)
+        elif alarm.name == "resend" and alarm.attempt == flight.turn:
+            yield from self._resend(alarm.fragment, flight)
+
+    # What may have been lost
+
+    def _resend_later(self, fragment: int, flight: Flight) -> SetAlarm:
+        return SetAlarm(Alarm("resend", fragment, flight.turn), "resend")
+
+    def _resend(self, fragment: int, flight: Flight) -> Iterator[Action]:
+        """Says again what this member waits for an answer to: its proposal, its start, that it holds the result."""
+        best = flight.best
+        if best is None or flight.given_up:
+            return
+        held = flight.held.get(flight.attempt, {})
+        if self.me in held:
+            yield from self._say_held(flight, [member for member in best.members if member not in held])
+        elif best.proposer == self.me:
+            again = best.message("start", answers=list(flight.started)) if flight.attempt else best.message("propose")
+            missing = best.members if flight.attempt else [m for m in best.members if m not in flight.answers]
+            yield from (Send(member, again) for member in missing if member != self.me)
+        yield self._resend_later(fragment, flight)
