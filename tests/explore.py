@@ -20,6 +20,8 @@ ORDER = ("store", "hear", "advance", "done", "fail", "poll", "boundary", "snapsh
 """What a fair schedule does first: alarms are slow."""
 BELLS = ("jitter", "retry", "patience", "resend", "minority")
 PATIENCE = 3000
+NONE = (0,) * len(KINDS)
+CRASHES, JOINS, CUTS, PARTITIONS, LOSSES, REPEATS, STALLS, UNKNOWN, EARLY, DELAYS = range(len(KINDS))
 
 
 class Option(NamedTuple):
@@ -45,7 +47,8 @@ class Explorer:
 
     # What may happen
 
-    def options(self, s: State) -> Iterator[Option]:
+    def options(self, s: State, left: tuple[int, ...] = NONE) -> Iterator[Option]:
+        """left: how many faults of each kind."""
         world = self.world
         for late in s.late:
             yield Option("land", -1, (late,))
@@ -54,24 +57,25 @@ class Explorer:
             local = world.local(s.locals[i])
             if local.pending:  # its coordinator waits for the store
                 yield Option("store", i, ("known",))
-                if isinstance(local.pending[0], Append):
+                if left[UNKNOWN] and isinstance(local.pending[0], Append):
                     yield from (Option("store", i, (how,), "unknown") for how in ("done", "undone", "late"))
             else:
-                yield from self.own(s, i, local)
+                yield from self.own(s, i, local, left)
         for i in alive:
             for j in alive:
                 if i < j:
-                    yield from self.between(s, i, j)
-        yield from self.faults(s, alive)
+                    yield from self.between(s, i, j, left)
+        yield from self.faults(s, alive, left)
 
-    def own(self, s: State, i: int, local: Local) -> Iterator[Option]:
+    def own(self, s: State, i: int, local: Local, left: tuple[int, ...]) -> Iterator[Option]:
         """Of one member that is not blocked."""
         world, count = self.world, len(self.world.names)
         for j in range(count):
             if link := s.links[j * count + i]:
                 yield Option("hear", i, (j,))
-                if link[0] > LOST + 1:
+                if left[LOSSES] and link[0] > LOST + 1:
                     yield Option("lose", i, (j,), "losses")
+                if left[REPEATS] and link[0] > LOST + 1:
                     yield Option("repeat", i, (j,), "repeats")
         if local.main != local.seen:
             yield Option("advance", i)
@@ -82,7 +86,7 @@ class Explorer:
             yield Option("ring", i, (kind, alarm), "early" if kind == "resend" else "")
         for attempt, how in local.exchanges:
             if how == "runs":
-                yield from self.exchanging(s, i, attempt)
+                yield from self.exchanging(s, i, attempt, left)
 
     def training(self, i: int, local: Local) -> Iterator[Option]:
         state = self.world.node(local.main).state
@@ -95,7 +99,7 @@ class Explorer:
             elif (f, state.fragments[f].base) in local.asks:
                 yield Option("snapshot", i, (f,))
 
-    def exchanging(self, s: State, i: int, attempt: str) -> Iterator[Option]:
+    def exchanging(self, s: State, i: int, attempt: str, left: tuple[int, ...]) -> Iterator[Option]:
         world = self.world
         action = world.attempts[attempt]
         others = [world.index[a["member"]] for a in action.answers if a["member"] != world.names[i]]
@@ -108,13 +112,14 @@ class Explorer:
         absent = frozenset(world.names[j] for j in others if not ends[j])
         if absent and not broken:
             yield Option("stall", i, (attempt, "failed", absent), "stalls")
-        for blamed in [frozenset(), *(frozenset([world.names[j]]) for j in others)]:
+        for blamed in [frozenset(), *(frozenset([world.names[j]]) for j in others)] if left[STALLS] else []:
             yield Option("false stall", i, (attempt, "failed", blamed), "stalls")
 
-    def between(self, s: State, i: int, j: int) -> Iterator[Option]:
+    def between(self, s: State, i: int, j: int, left: tuple[int, ...]) -> Iterator[Option]:
         world = self.world
         if world.standing(s, i, j):
-            yield Option("cut", i, (j,), "cuts")
+            if left[CUTS]:
+                yield Option("cut", i, (j,), "cuts")
             for a, b in ((i, j), (j, i)):
                 if not s.links[b * len(world.names) + a] and self.stale(s, a, b):
                     yield Option("beat", a, (b,))
@@ -133,18 +138,33 @@ class Explorer:
         both = world.names[j] in local.links and world.names[i] in other.links
         return both and not local.pending and believed != other.links
 
-    def faults(self, s: State, alive: list[int]) -> Iterator[Option]:
+    def faults(self, s: State, alive: list[int], left: tuple[int, ...]) -> Iterator[Option]:
         world, first = self.world, len(self.scenario.members)
         for i in alive:
-            if len(alive) > 1:
+            if left[CRASHES] and len(alive) > 1:
                 yield Option("crash", i, (True,), "crashes")
                 if any(s.links[i * len(world.names) + j] for j in range(len(world.names))):
                     yield Option("crash", i, (False,), "crashes")
-            if len(alive) > 2 and all(world.standing(s, i, j) for j in alive if j != i):
+            if left[PARTITIONS] and len(alive) > 2 and all(world.standing(s, i, j) for j in alive if j != i):
                 yield Option("isolate", i, (), "partitions")
         for i in range(first, len(s.locals)):
-            if s.locals[i] < 0 and (i == first or s.locals[i - 1] >= 0):
+            if left[JOINS] and s.locals[i] < 0 and (i == first or s.locals[i - 1] >= 0):
                 yield Option("join", i, (), "joins")
+
+    def successors(self, s: State) -> Iterator[tuple[Option, State]]:
+        """All that may happen next within the scenario's bounds."""
+        options = list(self.options(s, s.left))
+        if self.scenario.delays is not None:
+            options = self.delayed(s, options)
+        for option in options:
+            if not option.fault or s.left[KINDS.index(option.fault)]:
+                yield option, self.apply(s, option)
+
+    def delayed(self, s: State, options: list[Option]) -> list[Option]:
+        """What a fair schedule does next costs nothing, alarms when it has nothing to do; everything else a delay."""
+        calm = self.calm(s, 0)
+        free = [calm[0]] if calm else [o._replace(fault="") for o in self.bells(options, 0)]
+        return free + [o if o.fault else o._replace(fault="delays") for o in options if o not in free]
 
     # What comes of it
 
@@ -235,24 +255,39 @@ class Explorer:
             path.append(s)
             if len(path) > PATIENCE:
                 raise Stuck("for ever busy", path)
-            new = self.calm_step(s, way)
-            if new is None:
+            calm = self.calm(s, way)
+            if calm:
+                s = calm[1]
+            else:
                 options = list(self.options(s))
                 bells = deque(bell for bell in bells if bell in options) or deque(self.bells(options, way))
                 if not bells:
                     raise Stuck("nothing is left to happen", path)
-                new = self.apply(s, bells.popleft()._replace(fault=""))
-            s = new
+                s = self.apply(s, bells.popleft()._replace(fault=""))
         good.update(path)
         good.add(s)
 
-    def calm_step(self, s: State, way: int) -> State | None:
-        """The next state if anything but an alarm may happen and changes anything."""
+    def calm(self, s: State, way: int) -> tuple[Option, State] | None:
+        """What happens next if anything but an alarm may happen and changes anything."""
+        if (first := self.urgent(s, way)) is not None:
+            return first, self.apply(s, first)
         options = [o for o in self.options(s) if not o.fault and o.kind in ORDER and not (way and o.kind == "connect")]
         for option in sorted(options, key=lambda o: (ORDER.index(o.kind), -o.who if way else o.who)):
             new = self.apply(s, option)
             if new != s:
-                return new
+                return option, new
+        return None
+
+    def urgent(self, s: State, way: int) -> Option | None:
+        """The first two kinds of `ORDER`, quickly."""
+        alive, count = self.world.alive(s), len(self.world.names)
+        for i in reversed(alive) if way else alive:
+            if self.world.local(s.locals[i]).pending:
+                return Option("store", i, ("known",))
+        for i in reversed(alive) if way else alive:
+            for j in range(count):
+                if s.links[j * count + i]:
+                    return Option("hear", i, (j,))
         return None
 
     def bells(self, options: list[Option], way: int) -> list[Option]:
@@ -312,10 +347,7 @@ def explore(scenario: Scenario, make: Callable[[str], Rounds] = Rounds, most: in
             if explorer.committed(s):
                 pass  # what is left is to read it
             elif number(explorer, s) <= scenario.highest:
-                for option in explorer.options(s):
-                    if option.fault and not s.left[KINDS.index(option.fault)]:
-                        continue
-                    new = explorer.apply(s, option)
+                for option, new in explorer.successors(s):
                     report.transitions += 1
                     if new not in known:
                         known.add(new)

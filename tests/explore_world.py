@@ -53,6 +53,8 @@ class Scenario:
     """Creates without an answer: carried out, not carried out, or carried out some time later."""
     early: int = 0
     """Alarms for what is late that ring although it only is slow."""
+    delays: int | None = None
+    """How often something else may happen first than what a fair schedule has next; None: always, all interleavings."""
     lag: bool = False
     """The main loop takes its time to apply what its coordinator has read."""
     slow_reads: bool = False
@@ -64,10 +66,10 @@ class Scenario:
 
     @property
     def faults(self) -> tuple[int, ...]:
-        return tuple(getattr(self, kind) for kind in KINDS)
+        return tuple(getattr(self, kind) or 0 for kind in KINDS)
 
 
-KINDS = ("crashes", "joins", "cuts", "partitions", "losses", "repeats", "stalls", "unknown", "early")
+KINDS = ("crashes", "joins", "cuts", "partitions", "losses", "repeats", "stalls", "unknown", "early", "delays")
 
 
 class Node(NamedTuple):
