@@ -11,15 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple
 
 from elastic.rounds import Append, Rounds
-from tests.explore_world import KINDS, LOST, Local, Scenario, State, Violation, World
+from tests.explore_world import KINDS, LOST, Local, Member, Scenario, State, Violation, World
 
 ORDER = ("store", "hear", "advance", "done", "fail", "poll", "boundary", "snapshot", "connect", "beat")
 """What a fair schedule does first: alarms are slow."""
 BELLS = ("jitter", "retry", "patience", "resend", "minority")
-PATIENCE = 3000
+PATIENCE = 1000
+TOLD = 25
 NONE = (0,) * len(KINDS)
 CRASHES, JOINS, CUTS, PARTITIONS, LOSSES, REPEATS, STALLS, UNKNOWN, EARLY, DELAYS = range(len(KINDS))
 
@@ -34,8 +36,10 @@ class Option(NamedTuple):
 
 
 class Explorer:
-    def __init__(self, scenario: Scenario, make: Callable[[str], Rounds] = Rounds) -> None:
-        self.scenario, self.world = scenario, World(scenario, make)
+    def __init__(
+        self, scenario: Scenario, make: Callable[[str], Rounds] = Rounds, member: type[Member] | None = None
+    ) -> None:
+        self.scenario, self.world = scenario, World(scenario, make, member)
         self.good: tuple[set[State], set[State]] = (set(), set())
 
     def begin(self) -> State:
@@ -163,7 +167,7 @@ class Explorer:
     def delayed(self, s: State, options: list[Option]) -> list[Option]:
         """What a fair schedule does next costs nothing, alarms when it has nothing to do; everything else a delay."""
         calm = self.calm(s, 0)
-        free = [calm[0]] if calm else [o._replace(fault="") for o in self.bells(options, 0)]
+        free = [calm] if calm else [o._replace(fault="") for o in self.bells(options, 0)]
         return free + [o if o.fault else o._replace(fault="delays") for o in options if o not in free]
 
     # What comes of it
@@ -249,33 +253,45 @@ class Explorer:
     def comes_to_an_end(self, s: State, way: int) -> None:
         """Raises Violation if a fair schedule without faults does not lead to the end. way 0: links come back; 1: they do
         not, and members act in the opposite order."""
-        good, path = self.good[way], []
+        good = self.good[way]
+        passed: list[State] = []
+        path: list[Option] = []
+        try:
+            for s in self.fair_schedule(s, way, path):
+                passed.append(s)
+                if s in good:
+                    break
+                if len(passed) > PATIENCE:
+                    raise Violation("stuck: busy for ever")
+        except Violation as error:
+            error.path = tuple(path)
+            raise
+        good.update(passed)
+
+    def fair_schedule(self, s: State, way: int, path: list[Option]) -> Iterator[State]:
+        """The states up to the end. Alarms ring when nothing else happens, each once before any rings again."""
         bells: deque[Option] = deque()
-        while s not in good and not self.over(s):
-            path.append(s)
-            if len(path) > PATIENCE:
-                raise Stuck("for ever busy", path)
-            calm = self.calm(s, way)
-            if calm:
-                s = calm[1]
-            else:
+        yield s
+        while not self.over(s):
+            option = self.calm(s, way)
+            if option is None:
                 options = list(self.options(s))
                 bells = deque(bell for bell in bells if bell in options) or deque(self.bells(options, way))
                 if not bells:
-                    raise Stuck("nothing is left to happen", path)
-                s = self.apply(s, bells.popleft()._replace(fault=""))
-        good.update(path)
-        good.add(s)
+                    raise Violation("stuck: nothing is left to happen")
+                option = bells.popleft()._replace(fault="")
+            path.append(option)
+            s = self.apply(s, option)
+            yield s
 
-    def calm(self, s: State, way: int) -> tuple[Option, State] | None:
+    def calm(self, s: State, way: int) -> Option | None:
         """What happens next if anything but an alarm may happen and changes anything."""
         if (first := self.urgent(s, way)) is not None:
-            return first, self.apply(s, first)
+            return first
         options = [o for o in self.options(s) if not o.fault and o.kind in ORDER and not (way and o.kind == "connect")]
         for option in sorted(options, key=lambda o: (ORDER.index(o.kind), -o.who if way else o.who)):
-            new = self.apply(s, option)
-            if new != s:
-                return option, new
+            if self.apply(s, option) != s:
+                return option
         return None
 
     def urgent(self, s: State, way: int) -> Option | None:
@@ -301,19 +317,13 @@ class Explorer:
         return sorted(rings, key=key)
 
 
-class Stuck(Violation):
-    def __init__(self, reason: str, path: list[State]) -> None:
-        super().__init__(f"stuck: {reason}")
-        self.path = path
-
-
 @dataclass
 class Report:
     scenario: str
     states: int = 0
     transitions: int = 0
     ends: int = 0
-    """States in which all wanted rounds are applied by all."""
+    """States in which all wanted rounds have just been committed."""
     attempts: int = 0
     """The highest number of an attempt."""
     cut_off: int = 0
@@ -329,9 +339,12 @@ class Report:
         )
 
 
-def explore(scenario: Scenario, make: Callable[[str], Rounds] = Rounds, most: int = 0) -> Report:
-    """Breadth first, so that a trace is a shortest one. most: give up after so many states (0: never)."""
-    begin, explorer, report = time.process_time(), Explorer(scenario, make), Report(scenario.name)
+def explore(
+    scenario: Scenario, make: Callable[[str], Rounds] = Rounds, member: type[Member] | None = None, most: int = 0
+) -> Report:
+    """Breadth first, so that a trace is a shortest one. make, member: the state machine, and what surrounds it; most: give
+    up after so many states (0: never)."""
+    begin, explorer, report = time.process_time(), Explorer(scenario, make, member), Report(scenario.name)
     start = explorer.begin()
     states: list[State] = [start]
     came: list[tuple[int, Option | None]] = [(-1, None)]
@@ -341,9 +354,10 @@ def explore(scenario: Scenario, make: Callable[[str], Rounds] = Rounds, most: in
     try:
         while at < len(states) and (not most or at < most):
             s, option = states[at], None
+            explorer.world.check(s)
             for way in (0, 1):
                 explorer.comes_to_an_end(s, way)
-            report.ends += explorer.over(s)
+            report.ends += explorer.committed(s)
             if explorer.committed(s):
                 pass  # what is left is to read it
             elif number(explorer, s) <= scenario.highest:
@@ -359,8 +373,31 @@ def explore(scenario: Scenario, make: Callable[[str], Rounds] = Rounds, most: in
     except Violation as error:
         report.violation = str(error)
         report.trace = trace(explorer, came, at, option)
+        if error.path:
+            report.trace += ["then, in a fair schedule:", *(say(explorer, option) for option in error.path[-TOLD:])]
     report.states, report.attempts = len(states), explorer.world.attempts_seen
     report.seconds = time.process_time() - begin
+    return report
+
+
+def walk(scenario: Scenario, seed: int, steps: int, make: Callable[[str], Rounds] = Rounds) -> Report:
+    """One long random schedule, far beyond what can be explored; every 100th state has to come to an end under fair delivery,
+    and so has the last."""
+    begin, random, explorer = time.process_time(), Random(seed), Explorer(scenario, make)
+    report, s = Report(f"{scenario.name}, seed {seed}"), explorer.begin()
+    for step in range(steps):
+        options = list(explorer.options(s, s.left))
+        faults = [o for o in options if o.fault and s.left[KINDS.index(o.fault)]]
+        quiet = [o for o in options if not o.fault]
+        if explorer.committed(s) or not options:
+            break
+        s = explorer.apply(s, random.choice(faults if faults and (not quiet or random.random() < 0.03) else quiet))
+        explorer.world.check(s)
+        report.states, report.ends = step + 1, sum(f.rounds for f in explorer.world.node(s.head).state.fragments)
+        if step % 100 == 0:
+            explorer.comes_to_an_end(s, step // 100 % 2)
+    explorer.comes_to_an_end(s, 0)
+    report.attempts, report.seconds = explorer.world.attempts_seen, time.process_time() - begin
     return report
 
 

@@ -26,6 +26,9 @@ LOST, ARRIVED = 0, 1
 class Violation(AssertionError):
     """The protocol was broken."""
 
+    path: tuple[Any, ...] = ()
+    """What happened last, if it was a fair schedule that led there."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -161,12 +164,13 @@ class Table:
 class World:
     """All that can happen in a scenario. make: the state machine that is explored."""
 
-    def __init__(self, scenario: Scenario, make: Callable[[str], Rounds] = Rounds) -> None:
-        self.scenario, self.make = scenario, make
+    def __init__(self, scenario: Scenario, make: Callable[[str], Rounds], member: type[Member] | None = None) -> None:
+        self.scenario, self.make, self.member = scenario, make, member or Member
         self.names = scenario.members + scenario.spare
         self.index = {name: i for i, name in enumerate(self.names)}
         self.nodes, self.machines, self.locals, self.messages = Table(), Table(), Table(), Table(2)
         self.attempts: dict[str, rounds.Exchange] = {}
+        self.prefixes: dict[int, set[int]] = {}
         self.stales: dict[tuple[int, int], bool] = {}
         self.memo: dict[tuple[int, Any], tuple[int, tuple[tuple[str, int], ...]]] = {}
         self.attempts_seen = 0
@@ -191,7 +195,9 @@ class World:
             if produced.get(place, 0) != answer["made"] - answer["tokens"]:
                 raise Violation(f"a contribution of {answer['member']} is lost or applied twice")
             produced[place] = answer["made"]
-        return self.nodes.number(key, Node(parent, fields, after, produced))
+        node = self.nodes.number(key, Node(parent, fields, after, produced))
+        self.prefixes[node] = {node, *self.prefixes.get(parent, ())}
+        return node
 
     def begin(self) -> State:
         opening = {"kind": "open", "protocol": fold.PROTOCOL, "run": "r", "checkpoint": "c"}
@@ -230,6 +236,17 @@ class World:
         """The scenario wants no more rounds of it."""
         return self.node(node).state.fragments[fragment].rounds >= self.scenario.rounds
 
+    def follows(self, node: int, earlier: int) -> bool:
+        """The journal up to `earlier` is a prefix of that up to `node`."""
+        return earlier in self.prefixes[node]
+
+    def check(self, s: State) -> None:
+        """All members have read and applied prefixes of the one journal."""
+        for i in self.alive(s):
+            local = self.local(s.locals[i])
+            if not self.follows(s.head, local.seen) or not self.follows(local.seen, local.main):
+                raise Violation(f"two states at one seq: {self.names[i]} applied what is not in the journal")
+
     # One member's steps
 
     def local(self, number: int) -> Local:
@@ -241,7 +258,7 @@ class World:
         key = (number, event)
         known = self.memo.get(key)
         if known is None:
-            member = Member(self, self.local(number), self.names[i])
+            member = self.member(self, self.local(number), self.names[i])
             getattr(member, event[0])(*event[1:])
             known = self.memo[key] = member.pack()
         return known
@@ -281,8 +298,9 @@ class World:
         view = self.view(self.local(number).seen)
         if what["type"] == "head":
             return bool(what["head"] <= view.seq)
-        decided = what["head"] <= view.seq and what["base"] < view.bases[what["fragment"]]
-        return bool(decided and what["type"] in ("answer", "start", "held"))
+        if what["type"] not in ("answer", "start", "held"):
+            return False
+        return bool(what["head"] <= view.seq and what["base"] < view.bases[what["fragment"]])
 
     def send(self, s: State, i: int, sent: tuple[tuple[str, int], ...]) -> State:
         links, count = list(s.links), len(self.names)
