@@ -226,8 +226,7 @@ def _connect(trainer: Trainer, store: Store, journal: Journal, stack: ExitStack)
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
-    if cfg.ckpt.durable:
-        exchanger.keep = checkpoints.save_bits
+    exchanger.keep = checkpoints.save_bits
     trainer.links = Links(member, node, exchanger, store, checkpoints)
 
 
@@ -285,7 +284,7 @@ def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside
     other regions reach it."""
     cfg, links = trainer.cfg, trainer.links
     ranks = Ranks(links.node, links.exchanger, inside)
-    machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions)
+    machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions, cfg.ckpt.durable)
     timing = Timing(cfg.elastic.peer_timeout, cfg.elastic.stall_timeout)
     ledger = RunLedger(journal)
     links.coordinator = Coordinator(links.node, ranks, ledger, machine, timing, digest)

@@ -60,8 +60,8 @@ class Timing:
 
     def delay(self, kind: str) -> float:
         """Seconds until an alarm of this kind."""
-        base = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0}[kind]
-        return base * (1 + random.random())
+        bases = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0, "resend": 5.0}
+        return bases[kind] * (1 + random.random())
 
 
 @dataclass
@@ -266,7 +266,8 @@ class Coordinator(threading.Thread):
         parties = tuple(Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers)
         me = [party.member for party in parties].index(self.machine.me)
         shares = self._ownership(action.answers)
-        self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, shares, me))
+        key = (action.epoch, action.fragment, action.base)
+        self.ranks.start(Order(action.attempt, key, parties, shares, me, action.store))
         return None
 
     def _ownership(self, answers: Sequence[Message]) -> tuple[int, ...]:

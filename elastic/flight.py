@@ -41,3 +41,24 @@ class Flight:
     def turn(self) -> str:
         """Names the newest proposal that this member has seen for this round."""
         return f"{self.epoch}.{self.base}.{self.number}"
+
+    def entry(self, fragment: int, me: str) -> Message:
+        """The journal entry of the attempt, whose result `me` holds."""
+        answers = [{k: v for k, v in a.items() if k not in ("theta", "momentum")} for a in self.started]
+        return {
+            "kind": "round",
+            "fragment": fragment,
+            "epoch": self.epoch,
+            "base": self.base,
+            "attempt": self.attempt,
+            "answers": answers,
+            "digest": self.held[self.attempt][me],
+            "theta": self.started[0]["theta"],
+            "momentum": self.started[0]["momentum"],
+        }
+
+    def held_message(self, me: str) -> Message:
+        """Tells the other members of the attempt that `me` holds its result, and whether it is stored."""
+        assert self.best is not None
+        digest, stored = self.held[self.attempt][me], self.attempt in self.stored
+        return self.best.message("held", attempt=self.attempt, digest=digest, stored=stored)

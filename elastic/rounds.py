@@ -296,10 +296,7 @@ class Rounds:
                 return
 
     def _say_held(self, flight: Flight, members: Iterable[str]) -> Iterator[Action]:
-        assert flight.best is not None
-        attempt, stored = flight.attempt, flight.attempt in flight.stored
-        digest = flight.held[attempt][self.me]
-        message = flight.best.message("held", attempt=attempt, digest=digest, stored=stored)
+        message = flight.held_message(self.me)
         yield from (Send(member, message) for member in members if member != self.me)
 
     def _held(self, sender: str, message: Message) -> Iterator[Action]:
@@ -307,7 +304,7 @@ class Rounds:
         if flight is None or (flight.epoch, flight.base) != (message["epoch"], message["base"]):
             return
         flight.held.setdefault(str(message["attempt"]), {})[sender] = str(message["digest"])
-        if message.get("stored") is True:
+        if message.get("stored") is True and sender == message["members"][0]:
             flight.stored.add(str(message["attempt"]))
         yield from self._try_append(int(message["fragment"]), flight, first=True)
 
@@ -343,20 +340,7 @@ class Rounds:
                 return
             if flight.waited != self.view.seq:
                 return
-        answers = [{k: v for k, v in a.items() if k not in ("theta", "momentum")} for a in flight.started]
-        yield Append(
-            {
-                "kind": "round",
-                "fragment": fragment,
-                "epoch": flight.epoch,
-                "base": flight.base,
-                "attempt": flight.attempt,
-                "answers": answers,
-                "digest": flight.held[flight.attempt][self.me],
-                "theta": flight.started[0]["theta"],
-                "momentum": flight.started[0]["momentum"],
-            }
-        )
+        yield Append(flight.entry(fragment, self.me))
 
     # Giving up
 

@@ -6,7 +6,7 @@ to bring the run to its end: one where broken links come back, one where they st
 
 from __future__ import annotations
 
-import sys
+import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -73,7 +73,7 @@ class Explorer:
 
     def own(self, s: State, i: int, local: Local, left: tuple[int, ...]) -> Iterator[Option]:
         """Of one member that is not blocked."""
-        world, count = self.world, len(self.world.names)
+        count = len(self.world.names)
         for j in range(count):
             if link := s.links[j * count + i]:
                 yield Option("hear", i, (j,))
@@ -245,21 +245,26 @@ class Explorer:
         """All rounds that the scenario wants are."""
         return all(self.world.over(s.head, f) for f in range(self.scenario.fragments))
 
-    def over(self, s: State) -> bool:
-        """All rounds that the scenario wants are committed, and every member has applied them."""
+    def over(self, s: State, wanted: list[int]) -> bool:
+        """So many rounds of each fragment are committed, and every member has applied them; or nobody is left."""
         world = self.world
-        return self.committed(s) and all(world.local(s.locals[i]).main == s.head for i in world.alive(s))
+        if not world.alive(s):
+            return True
+        rounds = [f.rounds for f in world.node(s.head).state.fragments]
+        return all(map(operator.ge, rounds, wanted)) and all(world.local(s.locals[i]).main == s.head for i in world.alive(s))
 
-    def comes_to_an_end(self, s: State, way: int) -> None:
-        """Raises Violation if a fair schedule without faults does not lead to the end. way 0: links come back; 1: they do
-        not, and members act in the opposite order."""
-        good = self.good[way]
+    def comes_to_an_end(self, s: State, way: int, more: int = 0) -> None:
+        """Raises Violation if a fair schedule without faults does not lead to the end, or to so many more rounds of each
+        fragment. way 0: links come back; 1: they do not, and members act in the opposite order."""
+        good = set() if more else self.good[way]
+        counts = [f.rounds + more for f in self.world.node(s.head).state.fragments]
+        wanted = [min(count, self.scenario.rounds) if more else self.scenario.rounds for count in counts]
         passed: list[State] = []
         path: list[Option] = []
         try:
-            for s in self.fair_schedule(s, way, path):
-                passed.append(s)
-                if s in good:
+            for state in self.fair_schedule(s, way, path, wanted):
+                passed.append(state)
+                if state in good:
                     break
                 if len(passed) > PATIENCE:
                     raise Violation("stuck: busy for ever")
@@ -268,11 +273,11 @@ class Explorer:
             raise
         good.update(passed)
 
-    def fair_schedule(self, s: State, way: int, path: list[Option]) -> Iterator[State]:
+    def fair_schedule(self, s: State, way: int, path: list[Option], wanted: list[int]) -> Iterator[State]:
         """The states up to the end. Alarms ring when nothing else happens, each once before any rings again."""
         bells: deque[Option] = deque()
         yield s
-        while not self.over(s):
+        while not self.over(s, wanted):
             option = self.calm(s, way)
             if option is None:
                 options = list(self.options(s))
@@ -381,22 +386,21 @@ def explore(
 
 
 def walk(scenario: Scenario, seed: int, steps: int, make: Callable[[str], Rounds] = Rounds) -> Report:
-    """One long random schedule, far beyond what can be explored; every 100th state has to come to an end under fair delivery,
-    and so has the last."""
+    """One long random schedule, far beyond what can be explored; every fifth state has to lead to one more round of each
+    fragment under fair delivery."""
     begin, random, explorer = time.process_time(), Random(seed), Explorer(scenario, make)
     report, s = Report(f"{scenario.name}, seed {seed}"), explorer.begin()
     for step in range(steps):
         options = list(explorer.options(s, s.left))
         faults = [o for o in options if o.fault and s.left[KINDS.index(o.fault)]]
         quiet = [o for o in options if not o.fault]
-        if explorer.committed(s) or not options:
+        if explorer.committed(s) or not explorer.world.alive(s):
             break
-        s = explorer.apply(s, random.choice(faults if faults and (not quiet or random.random() < 0.03) else quiet))
+        s = explorer.apply(s, random.choice(faults if faults and (not quiet or random.random() < 0.1) else quiet))
         explorer.world.check(s)
         report.states, report.ends = step + 1, sum(f.rounds for f in explorer.world.node(s.head).state.fragments)
-        if step % 100 == 0:
-            explorer.comes_to_an_end(s, step // 100 % 2)
-    explorer.comes_to_an_end(s, 0)
+        if step % 5 == 0:
+            explorer.comes_to_an_end(s, step % 2, more=1)
     report.attempts, report.seconds = explorer.world.attempts_seen, time.process_time() - begin
     return report
 
@@ -421,3 +425,37 @@ def say(explorer: Explorer, option: Option) -> str:
     names = explorer.world.names
     what = [names[x] if option.kind in ("hear", "lose", "repeat", "cut", "connect", "beat") else x for x in option.what]
     return f"{option.kind} {names[option.who] if option.who >= 0 else ''} {' '.join(map(str, what))}"
+
+
+TWO, THREE = ("a", "b"), ("a", "b", "c")
+SCENARIOS = (
+    # All interleavings
+    Scenario("2 members, 2 rounds", TWO, rounds=2, lag=True),
+    Scenario("2 members, messages lost and twice", TWO, losses=2, repeats=1, early=2),
+    Scenario("2 members, crash, lost and repeated", TWO, crashes=1, losses=1, repeats=1, early=1),
+    Scenario("2 members, crash and unknown creates", TWO, crashes=1, unknown=2, lag=True, slow_reads=True),
+    Scenario("2 members, exchanges fail twice", TWO, stalls=2, unknown=1),
+    Scenario("2 members, link breaks", TWO, cuts=1),
+    Scenario("3 members", THREE),
+    Scenario("3 members, a message lost", THREE, losses=1, ready=True),
+    # All places for faults, and all schedules that differ so often from a fair one
+    Scenario("2 members, 2 fragments, crash", TWO, fragments=2, crashes=1, delays=2),
+    Scenario("2 members, 2 fragments, all kinds once", TWO, fragments=2, losses=1, unknown=1, stalls=1, delays=0),
+    Scenario("2 members, crash and restart", TWO, spare=("b2",), crashes=1, joins=1, delays=1),
+    Scenario("2 members and a joiner", TWO, spare=("c",), joins=1, unknown=1, delays=0),
+    Scenario("3 members, crash, failing exchange", THREE, crashes=1, stalls=1, delays=0),
+    Scenario("3 members, two crashes", THREE, crashes=2, delays=0),
+    Scenario("3 members, partition", THREE, partitions=1, delays=1),
+    Scenario("3 members, 2 fragments, crash", THREE, fragments=2, crashes=1, delays=0),
+)
+"""About a minute of a slow core together."""
+
+
+def main() -> None:
+    for scenario in SCENARIOS:
+        report = explore(scenario)
+        print(report, *report.trace, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -308,8 +308,7 @@ class World:
             j = self.index[name]
             there, back = i * count + j, j * count + i
             if LOST not in links[there] and LOST not in links[back] and self.knows(s, j, i, links[there]):
-                if message not in links[there] or message > ARRIVED:
-                    links[there] = (*links[there], message)
+                links[there] = (*links[there], message)
         return s._replace(links=tuple(links))
 
     def knows(self, s: State, j: int, i: int, link: tuple[int, ...]) -> bool:
@@ -432,6 +431,7 @@ class Member:
         world = self.world
         while self.pending and not isinstance(self.pending[0], rounds.Read | rounds.Append):
             self.perform(self.pending.popleft())
+        self.forget_alarms()
         if self.number is None:
             self.number = world.machines.number((self.name, frozen(vars(self.machine))), self.machine)
         lists = map(tuple, (self.flying, self.work, self.used, self.due))
@@ -439,6 +439,18 @@ class Member:
         local = Local(self.alive, self.number, self.seen, self.main, *lists, *sets, tuple(self.pending),
                       frozenset(self.links), tuple(sorted(self.exchanges.items())))  # fmt: skip
         return world.locals.number(frozen_local(local), local), tuple(self.sent)
+
+    def forget_alarms(self) -> None:
+        """Alarms that will change nothing, whenever they ring: about a decided round, a former attempt or proposal."""
+        for kind, alarm in list(self.alarms):
+            flight = self.machine.flights.get(alarm.fragment)
+            if alarm.name == "minority":
+                live = flight is not None and alarm.attempt == str(self.world.view(self.seen).seq)
+            else:
+                live = flight is not None and alarm.attempt in (flight.turn, flight.attempt)
+            if not live:
+                self.alarms.discard((kind, alarm))
+                assert not fresh(self.machine).handle(alarm)
 
     def feed(self, event: rounds.Event) -> None:
         if self.number is not None:

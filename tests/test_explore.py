@@ -10,9 +10,8 @@ from elastic import rounds
 from elastic.events import Action, Alarm, SetAlarm, View
 from elastic.flight import Flight
 from elastic.rounds import Rounds
-from tests.explore import explore, walk
+from tests.explore import explore
 from tests.explore_world import Member, Scenario
-
 
 # Planted bugs: each is found, and by the check that is meant for it
 
