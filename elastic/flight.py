@@ -62,3 +62,15 @@ class Flight:
         assert self.best is not None
         digest, stored = self.held[self.attempt][me], self.attempt in self.stored
         return self.best.message("held", attempt=self.attempt, digest=digest, stored=stored)
+
+    def unanswered(self, me: str) -> tuple[Message, list[str]]:
+        """What `me` has said last in this round, and those of whom it waits for a sign that they heard it."""
+        assert self.best is not None
+        members, held = list(self.best.members), self.held.get(self.attempt, {})
+        if me in held:
+            return self.held_message(me), [member for member in members if member not in held]
+        if self.best.proposer != me:
+            return {}, []
+        if self.attempt:
+            return self.best.message("start", answers=list(self.started)), members
+        return self.best.message("propose"), [member for member in members if member not in self.answers]

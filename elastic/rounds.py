@@ -6,7 +6,7 @@ entry per seq, valid against the entries before it); everything here serves prog
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from elastic.events import (
     Action,
@@ -290,14 +290,11 @@ class Rounds:
                 flight.held.setdefault(attempt, {})[self.me] = digest
                 if flight.store and self.me == flight.best.members[0]:
                     flight.stored.add(attempt)
-                yield from self._say_held(flight, flight.best.members)
+                message = flight.held_message(self.me)
+                yield from (Send(member, message) for member in flight.best.members if member != self.me)
                 yield self._resend_later(fragment, flight)
                 yield from self._try_append(fragment, flight, first=True)
                 return
-
-    def _say_held(self, flight: Flight, members: Iterable[str]) -> Iterator[Action]:
-        message = flight.held_message(self.me)
-        yield from (Send(member, message) for member in members if member != self.me)
 
     def _held(self, sender: str, message: Message) -> Iterator[Action]:
         flight = self.flights.get(int(message["fragment"]))
@@ -324,7 +321,10 @@ class Rounds:
                 f"the members hold different results of fragment {fragment}: this is a bug, nothing was committed"
             )
         elif self._minority(flight.best.members) and flight.waited != self.view.seq:
-            yield SetAlarm(Alarm("minority", fragment, str(self.view.seq)), "minority")
+            if self._minority(self.connected()):
+                yield SetAlarm(Alarm("minority", fragment, str(self.view.seq)), "minority")
+            else:  # more are here by now, whose entries would make it wait for ever
+                yield from self._give_up(flight)
         elif self.me == flight.best.members[0]:
             yield from self._append(fragment, flight)
         elif first:
@@ -390,14 +390,7 @@ class Rounds:
 
     def _resend(self, fragment: int, flight: Flight) -> Iterator[Action]:
         """Says again what this member waits for an answer to: its proposal, its start, that it holds the result."""
-        best = flight.best
-        if best is None or flight.given_up:
-            return
-        held = flight.held.get(flight.attempt, {})
-        if self.me in held:
-            yield from self._say_held(flight, [member for member in best.members if member not in held])
-        elif best.proposer == self.me:
-            again = best.message("start", answers=list(flight.started)) if flight.attempt else best.message("propose")
-            missing = best.members if flight.attempt else [m for m in best.members if m not in flight.answers]
-            yield from (Send(member, again) for member in missing if member != self.me)
-        yield self._resend_later(fragment, flight)
+        if flight.best is not None and not flight.given_up:
+            message, members = flight.unanswered(self.me)
+            yield from (Send(member, message) for member in members if member != self.me)
+            yield self._resend_later(fragment, flight)

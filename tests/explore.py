@@ -251,7 +251,9 @@ class Explorer:
         if not world.alive(s):
             return True
         rounds = [f.rounds for f in world.node(s.head).state.fragments]
-        return all(map(operator.ge, rounds, wanted)) and all(world.local(s.locals[i]).main == s.head for i in world.alive(s))
+        return all(map(operator.ge, rounds, wanted)) and all(
+            world.local(s.locals[i]).main == s.head for i in world.alive(s)
+        )
 
     def comes_to_an_end(self, s: State, way: int, more: int = 0) -> None:
         """Raises Violation if a fair schedule without faults does not lead to the end, or to so many more rounds of each
