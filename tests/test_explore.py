@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,35 @@ from elastic import rounds
 from elastic.events import Action, Alarm, SetAlarm, View
 from elastic.flight import Flight
 from elastic.rounds import Rounds
-from tests.explore import explore
+from tests.explore import LARGER, SCENARIOS, STORM, explore, walk
 from tests.explore_world import Member, Scenario
+
+CHOSEN = LARGER if os.environ.get("EXPLORE") == "larger" else SCENARIOS
+
+
+@pytest.mark.parametrize("scenario", CHOSEN, ids=[scenario.name for scenario in CHOSEN])
+def test_no_reachable_state_breaks_the_protocol_or_is_stuck(scenario: Scenario) -> None:
+    report = explore(scenario)
+    print(report)
+    assert not report.violation, "\n".join([report.violation, *report.trace])
+    assert report.ends and not report.cut_off and report.states > 150
+    assert report.attempts > scenario.crashes + min(scenario.stalls + scenario.partitions, 2) - 1
+
+
+def test_the_scenarios_hold_three_attempts_in_a_row() -> None:
+    assert explore(Scenario("2 failures", stalls=2)).attempts >= 3
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_long_random_schedules_of_all_faults(part: int) -> None:
+    rounds = 0
+    for seed in range(part, int(os.environ.get("EXPLORE_WALKS", "20")), 2):
+        try:
+            rounds += walk(STORM, seed, 1500).ends
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    assert rounds > 50
+
 
 # Planted bugs: each is found, and by the check that is meant for it
 
