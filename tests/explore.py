@@ -21,7 +21,9 @@ from random import Random
 from typing import Any, NamedTuple
 
 from elastic.rounds import Append, Rounds
-from tests.explore_world import KINDS, LOST, Local, Member, Scenario, State, Violation, World
+from tests.explore_member import LOST, Local, Member, Violation
+from tests.explore_scenarios import KINDS, LARGER, SCENARIOS, Scenario
+from tests.explore_world import State, World
 
 ORDER = ("store", "hear", "advance", "done", "fail", "poll", "boundary", "snapshot", "connect", "beat")
 """What a fair schedule does first: alarms are slow."""
@@ -433,48 +435,6 @@ def say(explorer: Explorer, option: Option) -> str:
     names = explorer.world.names
     what = [names[x] if option.kind in ("hear", "lose", "repeat", "cut", "connect", "beat") else x for x in option.what]
     return f"{option.kind} {names[option.who] if option.who >= 0 else ''} {' '.join(map(str, what))}"
-
-
-TWO, THREE = ("a", "b"), ("a", "b", "c")
-SCENARIOS = (
-    # All interleavings
-    Scenario("2 members, 2 rounds", TWO, rounds=2, lag=True),
-    Scenario("2 members, messages lost and twice", TWO, losses=2, repeats=1, early=2),
-    Scenario("2 members, crash, lost and repeated", TWO, crashes=1, losses=1, repeats=1, early=1),
-    Scenario("2 members, crash and unknown creates", TWO, crashes=1, unknown=2, lag=True, slow_reads=True),
-    Scenario("2 members, exchanges fail twice", TWO, stalls=2, unknown=1),
-    Scenario("2 members, link breaks", TWO, cuts=1),
-    Scenario("3 members", THREE),
-    Scenario("3 members, a message lost", THREE, losses=1, ready=True),
-    # All places for faults, and all schedules that differ so often from a fair one
-    Scenario("2 members, 2 fragments, crash", TWO, fragments=2, crashes=1, delays=2),
-    Scenario("2 members, 2 fragments, all kinds once", TWO, fragments=2, losses=1, unknown=1, stalls=1, delays=0),
-    Scenario("2 members, crash and restart", TWO, spare=("b2",), crashes=1, joins=1, delays=1),
-    Scenario("2 members and a joiner", TWO, spare=("c",), joins=1, unknown=1, delays=1),
-    Scenario("3 members, crash, failing exchange", THREE, crashes=1, stalls=1, delays=0),
-    Scenario("3 members, two crashes", THREE, crashes=2, delays=0),
-    Scenario("3 members, partition", THREE, partitions=1, delays=1),
-    Scenario("3 members, 2 fragments, crash", THREE, fragments=2, crashes=1, delays=0),
-)
-"""Under a minute of CPU together, about 120,000 states."""
-
-LARGER = (
-    Scenario("2 members, crash and restart, all interleavings", TWO, spare=("b2",), crashes=1, joins=1),
-    Scenario("2 members, 2 fragments, crash, all interleavings", TWO, fragments=2, crashes=1),
-    Scenario("2 members, exchanges fail three times", TWO, stalls=3),
-    Scenario("3 members, crash, all interleavings", THREE, crashes=1, ready=True),
-    Scenario("3 members, two partitions", THREE, partitions=2, delays=0),
-    Scenario(
-        "3 members, 2 fragments, crash and restart", THREE, fragments=2, spare=("a2",), crashes=1, joins=1, delays=0
-    ),
-)
-"""Minutes each."""
-
-STORM = Scenario(
-    "a storm", THREE, spare=("b2", "a2", "d", "b3", "c2", "a3"), fragments=2, rounds=12, lag=True, slow_reads=True,
-    crashes=6, joins=6, cuts=30, partitions=10, losses=60, repeats=60, stalls=40, unknown=50, early=10**6,
-)  # fmt: skip
-"""For `walk`."""
 
 
 def main(argv: list[str]) -> None:

@@ -11,8 +11,9 @@ from elastic import rounds
 from elastic.events import Action, Alarm, SetAlarm, View
 from elastic.flight import Flight
 from elastic.rounds import Rounds
-from tests.explore import LARGER, SCENARIOS, STORM, explore, walk
-from tests.explore_world import Member, Scenario
+from tests.explore import explore, walk
+from tests.explore_member import Member
+from tests.explore_scenarios import LARGER, SCENARIOS, STORM, Scenario
 
 CHOSEN = LARGER if os.environ.get("EXPLORE") == "larger" else SCENARIOS
 
