@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from elastic.links import Link, Links, Rank
 from elastic.node import Node
 from elastic.order import Arithmetic, Contribution, Key, Order, Outcome
 from elastic.plan import NotFinite
-from elastic.tcp import AUTO
 from elastic.wire import NONSENSE, Message
 
 REMEMBERED = 1000
@@ -32,7 +32,7 @@ class Exchanger:
     stall: seconds of silence that end an attempt as long as no rate is known."""
 
     def __init__(
-        self, node: Node, arithmetic: Arithmetic, rank: int, stall: float, streams: int = 0, congestion: str = AUTO
+        self, node: Node, arithmetic: Arithmetic, rank: int, stall: float, streams: int = 0, congestion: str = ""
     ) -> None:
         self.node, self.arithmetic, self.rank, self.stall = node, arithmetic, rank, stall
         self.links = Links(node, self._frame, self._link_ended, streams, congestion)
@@ -151,7 +151,7 @@ class Exchanger:
     def _transfer(self, attempt: Attempt) -> None:
         """Sends, reduces, gathers: returns when the whole result is there and everything is sent. Raises Cancelled."""
         self._open(attempt)
-        order, tick = attempt.order, self.links.sample
+        order, tick = attempt.order, partial(self.links.meter.sample, self.links.sockets)
         weights = [party.weight for party in order.parties]
         for _ in range(len(attempt.due)):
             first, parts = attempt.next_whole(tick)

@@ -47,9 +47,9 @@ class ElasticConfig:
     """Seconds of silence after which a peer in an exchange is given up, at most: once its rate is known, by that."""
     streams: int = 0
     """TCP streams per pair of ranks; 0: as many as the round trip and the rate ask for."""
-    congestion: str = "auto"
-    """TCP congestion control of bulk data. auto: cubic, which fills a clean link, and bbr from the moment a link turns out to
-    lose packets at random, where cubic collapses. Or one that the kernel has; empty: the kernel's default."""
+    congestion: str = "bbr"
+    """TCP congestion control of bulk data, if the kernel has it; empty: the kernel's default. Loss-based ones (cubic, reno)
+    collapse at a percent of loss on long links; bbr does not."""
     gateway: str = ""
     """HOST:PORT of an `elastic.gateway` through which other regions reach this one's ranks; empty: directly."""
     dial_only: bool = False

@@ -53,10 +53,6 @@ class Link:
         """Bytes/s that came over it in the last exchange; 0: not known."""
         self.rtt = 0.0
         """Seconds, as the kernel saw it when the link was dialled."""
-        self.losses: tcp.Losses | None = None
-        """Watches for losses that are not a full queue's; None if they do not matter."""
-        self.lossy = False
-        """They have been seen."""
         self.newest = 0.0
         """When the newest attempt began of those that frames came for."""
         self.broken = ""
@@ -77,9 +73,6 @@ class Link:
         with self._lock:
             if not self.broken:
                 self.streams.append(connection)
-            lossy = self.lossy
-        if lossy:
-            tcp.set_congestion(connection.sock, tcp.RATE_BASED)
         if self.broken:
             connection.close()
             return
@@ -101,17 +94,6 @@ class Link:
         for _ in self.streams:
             self._parcels.put(None)
         self._on_end(self, reason)
-
-    def look(self) -> bool:
-        """Now and then while data flows: whether this link has just turned out to lose packets at random. Its streams do not
-        take that for a full queue from now on."""
-        if self.losses is None or not self.losses.look(stream.sock for stream in self.streams):
-            return False
-        with self._lock:
-            self.losses, self.lossy, streams = None, True, list(self.streams)
-        for stream in streams:
-            tcp.set_congestion(stream.sock, tcp.RATE_BASED)
-        return True
 
     def lend(self, nbytes: int) -> int:
         """How many of so many bytes may be sent before the peer has said that it takes part: all attempts on this link together
@@ -165,13 +147,9 @@ OnEnd = Callable[[Link, str], None]
 class Links:
     """A rank's links, by peer. The side that can be dialled is dialled; if both can, the lower member dials."""
 
-    def __init__(
-        self, node: Node, on_frame: OnFrame, on_end: OnEnd, streams: int = 0, congestion: str = tcp.AUTO
-    ) -> None:
+    def __init__(self, node: Node, on_frame: OnFrame, on_end: OnEnd, streams: int = 0, congestion: str = "") -> None:
         self.node, self.streams, self.congestion = node, streams, congestion
         self.meter = tcp.Meter()
-        self.lossy: set[Rank] = set()
-        """Whose links have been seen to lose packets at random."""
         self._on_frame, self._on_end = on_frame, on_end
         self._links: dict[Rank, Link] = {}
         self._changed = threading.Condition()
@@ -184,21 +162,6 @@ class Links:
 
     def sockets(self) -> Iterable[socket.socket]:
         return [stream.sock for link in self.all() for stream in link.streams]
-
-    def sample(self) -> None:
-        """Every 50 ms or so while data flows: how fast the links are, and whether they lose packets."""
-        self.meter.sample(self.sockets)
-        self.lossy.update(link.peer for link in self.all() if link.look())
-
-    def _make(self, peer: Rank, ident: str) -> Link:
-        link = Link(peer, ident, self._on_frame, self._ended)
-        if self.congestion == tcp.AUTO and peer not in self.lossy:
-            link.losses = tcp.Losses()
-        return link
-
-    def _tune(self, peer: Rank, connection: Connection) -> None:
-        auto = tcp.RATE_BASED if peer in self.lossy else tcp.LOSS_BASED
-        tcp.tune(connection.sock, auto if self.congestion == tcp.AUTO else self.congestion)
 
     def get(self, peer: Rank, endpoint: str, reachable: bool, timeout: float) -> Link:
         """The link to `peer`, opened if need be. endpoint: empty if the peer cannot be dialled; reachable: it can dial us.
@@ -221,7 +184,7 @@ class Links:
             return self._links[peer]
 
     def _dial(self, peer: Rank, endpoint: str) -> Link:
-        link = self._make(peer, secrets.token_hex(8))
+        link = Link(peer, secrets.token_hex(8), self._on_frame, self._ended)
         connection = self._connect(link, endpoint, further=False)
         if (seen := tcp.info(connection.sock)) is not None:
             link.rtt = seen.rtt
@@ -234,7 +197,7 @@ class Links:
         if (hello["member"], hello["rank"]) != link.peer:
             self.node.release(connection)
             raise ConnectionError(f"{endpoint} is {hello['member']} rank {hello['rank']}, not {link.peer[0]}")
-        self._tune(link.peer, connection)
+        tcp.tune(connection.sock, self.congestion)
         return connection
 
     def _start(self, link: Link, connection: Connection) -> None:
@@ -265,7 +228,7 @@ class Links:
     def _serve(self, connection: Connection, hello: Message) -> None:
         """A stream that a peer dialled: of a new link, or one more of a link that stands."""
         peer, ident = (hello["member"], hello["rank"]), str(hello["link"])
-        self._tune(peer, connection)
+        tcp.tune(connection.sock, self.congestion)
 
         def known() -> bool:
             return peer in self._links and self._links[peer].ident == ident
@@ -275,7 +238,7 @@ class Links:
                 return  # of a link that is gone
             link = self._links[peer] if known() else None
         if link is None:
-            link = self._make(peer, ident)
+            link = Link(peer, ident, self._on_frame, self._ended)
             self._register(link)
         link.add(connection)
 

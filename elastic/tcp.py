@@ -35,28 +35,12 @@ FADE = 0.8
 """What is left of an older rate when a newer measurement is lower."""
 
 
-AUTO = "auto"
-"""Congestion control: `LOSS_BASED`, and `RATE_BASED` for links that lose packets at random."""
-LOSS_BASED, RATE_BASED = "cubic", "bbr"
-"""CUBIC keeps a clean link's queue filled and so its rate; BBR leaves 5 to 10 % of it, but takes no loss for a full queue."""
-QUEUED = 1.25
-"""Times the shortest round trip, and a jitter of `JITTER` s: a round trip above that says that a queue on the way is filling."""
-JITTER = 0.002
-SIGNS = 4
-"""So often may packets be lost while no queue was filling before a link counts as lossy."""
-
-
 def tune(sock: socket.socket, congestion: str) -> None:
-    """For a stream of bulk data. congestion: as of `set_congestion`."""
+    """For a stream of bulk data. congestion: an algorithm of the kernel's; empty: its default. One that this kernel does
+    not have, or does not allow us, is passed over."""
     keep_alive(sock)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
-    set_congestion(sock, congestion)
-
-
-def set_congestion(sock: socket.socket, congestion: str) -> None:
-    """congestion: an algorithm of the kernel's; empty: its default. One that this kernel does not have, or does not allow
-    us, is passed over, and so is a socket that is gone. Works on a connection that stands, too."""
     if congestion and hasattr(socket, "TCP_CONGESTION"):
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
@@ -72,8 +56,7 @@ def keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-FIELDS = {"snd_mss": 16, "rcv_mss": 20, "rtt": 68, "total_retrans": 100, "min_rtt": 148, "data_segs_in": 152}
-FIELDS |= {"delivered": 192}
+FIELDS = {"snd_mss": 16, "rcv_mss": 20, "min_rtt": 148, "data_segs_in": 152, "delivered": 192}
 """Offsets of 32-bit fields in struct tcp_info of <linux/tcp.h>."""
 
 
@@ -87,10 +70,6 @@ class Info:
     """Bytes that the peer's kernel has, also out of order: a lost packet does not hold up the count of the later ones."""
     received: int
     """The same of what came here."""
-    resent: int = 0
-    """Packets."""
-    queued: bool = False
-    """Packets wait on the way just now."""
 
 
 def info(sock: socket.socket) -> Info | None:
@@ -103,25 +82,7 @@ def info(sock: socket.socket) -> Info | None:
         return None
     field = {name: struct.unpack_from("=I", data, at)[0] for name, at in FIELDS.items()}
     sent, received = field["delivered"] * field["snd_mss"], field["data_segs_in"] * field["rcv_mss"]
-    rtt, least = field["rtt"] / 1e6, field["min_rtt"] / 1e6
-    return Info(least, sent, received, field["total_retrans"], rtt > QUEUED * least + JITTER)
-
-
-class Losses:
-    """Tells whether the way of some streams loses packets at random: while no queue on it is filling."""
-
-    def __init__(self) -> None:
-        self._resent: weakref.WeakKeyDictionary[socket.socket, int] = weakref.WeakKeyDictionary()
-        self._signs = 0
-
-    def look(self, sockets: Iterable[socket.socket]) -> bool:
-        """Call it every `SAMPLE` seconds or so while data flows."""
-        for sock in sockets:
-            if (seen := info(sock)) is not None:
-                lost = seen.resent > self._resent.get(sock, 0)
-                self._resent[sock] = seen.resent
-                self._signs += lost and not seen.queued
-        return self._signs >= SIGNS
+    return Info(field["min_rtt"] / 1e6, sent, received)
 
 
 def send_buffer() -> int:

@@ -60,21 +60,6 @@ def test_tuning_takes_what_the_kernel_has(congestion: str) -> None:
         push(a, b, 1 << 20)
 
 
-def test_a_full_queue_is_not_a_lossy_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    sock, now = socket.socket(), [tcp.Info(0.1, 0, 0)]
-    monkeypatch.setattr(tcp, "info", lambda _: now[0])
-    losses = tcp.Losses()
-
-    def look(resent: int, queued: bool) -> bool:
-        now[0] = tcp.Info(0.1, 0, 0, resent, queued)
-        return losses.look([sock])
-
-    assert not any(look(10 * n, queued=True) for n in range(100))
-    assert not any(look(990, queued=False) for _ in range(100))  # nothing new
-    assert [look(1000 + n, queued=False) for n in range(tcp.SIGNS)] == [False] * (tcp.SIGNS - 1) + [True]
-    sock.close()
-
-
 @pytest.mark.parametrize(
     ("rtt", "rate", "streams"),
     [

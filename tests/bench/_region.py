@@ -22,6 +22,7 @@ from diloco.averaging import Averaging
 from diloco.codec import CodecConfig, build_codec
 from diloco.fragments import Fragment, Slot
 from elastic.exchange import Exchanger
+from elastic.lighthouse import ElasticConfig
 from elastic.node import Identity, Node
 from elastic.order import Order, Outcome, Party
 from tests.bench._worker import cpu_seconds, obey
@@ -49,7 +50,8 @@ class Region:
         self.averaging = Averaging([fragment], build_codec(CodecConfig(name=codec)))
         self.averaging.warm(False)
         if self.exchanger is None:
-            self.exchanger = Exchanger(self.node, self.averaging, 0, 60.0, **more)
+            how = {"congestion": ElasticConfig().congestion, **more}
+            self.exchanger = Exchanger(self.node, self.averaging, 0, 60.0, **how)
             self.exchanger.on_outcome = self.end
         self.exchanger.arithmetic = self.averaging
         return {"endpoint": self.node.endpoint, "bytes": self.averaging.size(0, 0, fragment.blocks)}

@@ -20,11 +20,11 @@ from diloco.inner import Inner
 from diloco.parallel import open_region
 from diloco.train import compose_config
 from diloco.trainer import build_model, load_loss
+from elastic.lighthouse import ElasticConfig
 from elastic.memory import Pipe, shared_zeros
 from elastic.order import Order, Outcome, Party
 from elastic.plan import ownership
 from elastic.process import Exchange, fork
-from elastic.tcp import AUTO
 from tests.bench._worker import cpu_seconds, obey
 
 
@@ -38,7 +38,9 @@ class Worker:
         self.exchange = Exchange(exchanges, lambda: print("the process of the exchanges has ended", flush=True))
         self.exchange.on_outcome = self.end
         identity = {"run": "bench", "fingerprint": "{}", "member": f"m_{me}", "rank": 0}
-        setup = Setup(identity, address, "", False, [elements], BLOCK, vars(codec), True, 60.0, 0, AUTO, "")
+        setup = Setup(
+            identity, address, "", False, [elements], BLOCK, vars(codec), True, 60.0, 0, ElasticConfig().congestion, ""
+        )
         self.endpoint = self.exchange.open(setup.message())["endpoint"]
         self.ended = threading.Condition()
         self.outcomes: dict[str, Outcome] = {}
