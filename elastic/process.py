@@ -1,5 +1,5 @@
-"""A rank's exchanges in a process of their own, so that encoding, summing and sockets share neither Python's lock nor a core
-with the inner steps. Contributions and results are memory that both processes see; nothing else is copied between them."""
+"""A rank's exchanges in a process of their own, so that encoding, summing and sockets do not share Python's lock with the
+inner steps. Contributions and results are memory that both processes see; nothing else is copied between them."""
 
 from __future__ import annotations
 
