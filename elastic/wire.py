@@ -11,6 +11,8 @@ import threading
 import zlib
 from typing import Any
 
+from elastic.tls import Tls, TlsError
+
 Message = dict[str, Any]
 
 MAGIC = b"DLC1"
@@ -19,8 +21,8 @@ HEAD = struct.Struct(">4sIQI")
 MAX_JSON = 4 << 20
 MAX_PAYLOAD = 4 << 20
 """Bulk data travels in chunks of 1 MiB of fp32 at most."""
-MAX_HELLO = 64 << 10
-"""Bytes of JSON that a stranger may send; he has no payload to send."""
+PIECE = 128 << 10
+"""Bytes that are encrypted, or read from the socket to be decrypted, at a time."""
 
 
 class WireError(OSError):
@@ -32,11 +34,15 @@ NONSENSE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 class Connection:
-    """A socket that carries whole frames. Any thread may send; one thread receives."""
+    """A socket that carries whole frames, encrypted if there is a TLS session on it. Any thread may send; one thread
+    receives."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, tls: Tls | None = None) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
+        """The plain socket, whose options and counters are the connection's; what it carries is not for others."""
+        self._tls = tls
+        self._cipher = memoryview(bytearray(PIECE if tls else 0))
         self._sending = threading.Lock()
 
     def send(self, message: Message, payload: memoryview | bytes = b"") -> int:
@@ -44,30 +50,50 @@ class Connection:
         time-out passes."""
         frame = encode(message, payload)
         with self._sending:
-            self.sock.sendall(frame)
+            self._send(frame)
             if len(payload):
-                self.sock.sendall(payload)
+                self._send(payload)
         return len(frame) + len(payload)
+
+    def send_bytes(self, data: memoryview | bytes) -> None:
+        """Of a stream that is not one of frames."""
+        with self._sending:
+            self._send(data)
+
+    def _send(self, data: memoryview | bytes) -> None:
+        if self._tls is None:
+            self.sock.sendall(data)
+            return
+        view = memoryview(data)
+        for at in range(0, len(view), PIECE):
+            self.sock.sendall(self._tls.seal(view[at : at + PIECE]))
 
     def receive(self, max_json: int = MAX_JSON, max_payload: int = MAX_PAYLOAD) -> tuple[Message, bytearray]:
         """The next frame. Raises WireError on anything else, ConnectionError at the end of the stream."""
-        magic, json_size, payload_size, checksum = HEAD.unpack(self._exactly(HEAD.size))
-        if magic != MAGIC or json_size > max_json or payload_size > max_payload:
-            raise WireError("not a frame of this protocol")
+        json_size, payload_size, checksum = decode_head(self._exactly(HEAD.size), max_json, max_payload)
         data, payload = self._exactly(json_size), self._exactly(payload_size)
-        if zlib.crc32(payload, zlib.crc32(data)) != checksum:
-            raise WireError("a frame's checksum does not match")
-        return decode_json(data), payload
+        return decode(data, payload, checksum), payload
 
-    def receive_hello(self) -> Message:
-        """The first frame of a connection, from somebody who has proved nothing yet."""
-        return self.receive(MAX_HELLO, 0)[0]
+    def receive_into(self, view: memoryview) -> int:
+        """The next bytes; 0: the end of the stream. Raises WireError if they cannot be decrypted."""
+        if self._tls is None:
+            return self.sock.recv_into(view)
+        try:
+            while not (n := self._tls.open_into(view)):
+                if not (got := self.sock.recv_into(self._cipher)):
+                    return 0
+                self._tls.feed(self._cipher[:got])
+            return n
+        except EOFError:
+            return 0
+        except TlsError as error:
+            raise WireError(str(error)) from error
 
     def _exactly(self, size: int) -> bytearray:
         data = bytearray(size)
         view, got = memoryview(data), 0
         while got < size:
-            n = self.sock.recv_into(view[got:])
+            n = self.receive_into(view[got:])
             if n == 0:
                 raise ConnectionResetError("the peer closed the connection")
             got += n
@@ -84,6 +110,21 @@ def encode(message: Message, payload: memoryview | bytes = b"") -> bytes:
     """A frame's head and JSON; the payload follows."""
     data = json.dumps(message, separators=(",", ":")).encode()
     return HEAD.pack(MAGIC, len(data), len(payload), zlib.crc32(payload, zlib.crc32(data))) + data
+
+
+def decode_head(data: bytes | bytearray, max_json: int, max_payload: int) -> tuple[int, int, int]:
+    """Bytes of JSON, bytes of payload, checksum. Raises WireError, before anything is allocated."""
+    magic, json_size, payload_size, checksum = HEAD.unpack(data)
+    if magic != MAGIC or json_size > max_json or payload_size > max_payload:
+        raise WireError("not a frame of this protocol")
+    return json_size, payload_size, checksum
+
+
+def decode(data: bytes | bytearray, payload: bytes | bytearray, checksum: int) -> Message:
+    """Raises WireError."""
+    if zlib.crc32(payload, zlib.crc32(data)) != checksum:
+        raise WireError("a frame's checksum does not match")
+    return decode_json(data)
 
 
 def decode_json(data: bytes | bytearray) -> Message:

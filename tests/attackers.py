@@ -1,0 +1,152 @@
+"""What strangers do to a port, and how to see that it gets them nowhere."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from elastic.security import Security, choose
+from launch.certs import Authority, issue
+
+Address = tuple[str, int]
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+class Papers:
+    """The certificates of a run with regions eu and us, and what its attackers have."""
+
+    def __init__(self, directory: Path) -> None:
+        self.run, other, late = directory / "run", directory / "other", directory / "late"
+        issue(self.run, ["eu", "us", "lost"])
+        Authority(self.run).revoke("lost")
+        issue(other, ["eu"])
+        for name in ("authority.crt", "authority.key", "revoked.crl"):
+            late.mkdir(exist_ok=True)
+            (late / name).write_bytes((self.run / name).read_bytes())
+        issue(late, ["asia"], days=1e-7)
+        self.forged: dict[str, Path | None] = {
+            "none": None,
+            "foreign": other / "eu",
+            "expired": late / "asia",
+            "revoked": self.run / "lost",
+        }
+
+    def of(self, name: str) -> Security:
+        return choose(str(self.run), "", name)
+
+
+def context(papers: Path | None) -> ssl.SSLContext:
+    """A client that believes any server and shows this certificate."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
+    if papers is not None:
+        made.load_cert_chain(f"{papers}.crt", f"{papers}.key")
+    return made
+
+
+def said_over_tls(address: Address, papers: Path | None, data: bytes) -> bytes:
+    """What a port answers to who shows these papers: every byte under TLS until it hangs up."""
+    answer = b""
+    with (
+        suppress(OSError),
+        socket.create_connection(address, 10) as sock,
+        context(papers).wrap_socket(sock) as session,
+    ):
+        session.sendall(data)
+        while piece := session.recv(1 << 16):
+            answer += piece
+    return answer
+
+
+def said(address: Address, data: bytes) -> bytes:
+    """The same without TLS."""
+    answer = b""
+    with suppress(OSError), socket.create_connection(address, 10) as sock:
+        sock.sendall(data)
+        while piece := sock.recv(1 << 16):
+            answer += piece
+    return answer
+
+
+@contextmanager
+def idle(address: Address, count: int, source: str = "127.0.0.1") -> Iterator[list[socket.socket]]:
+    """So many connections that say nothing."""
+    held: list[socket.socket] = []
+    try:
+        while len(held) < count:
+            with suppress(ConnectionError, TimeoutError):  # the port's queue is full: once more
+                held.append(socket.create_connection(address, 10, source_address=(source, 0)))
+        yield held
+    finally:
+        for sock in held:
+            sock.close()
+
+
+@contextmanager
+def meanwhile(*attacks: Callable[[], object]) -> Iterator[None]:
+    """Each attack again and again, in a thread of its own, for as long as the block takes; each at least once."""
+    ended, counts = threading.Event(), [0] * len(attacks)
+    failed: list[BaseException] = []
+
+    def repeat(n: int, attack: Callable[[], object]) -> None:
+        while not ended.is_set():
+            try:
+                attack()
+            except OSError:
+                pass  # hung up on, as attackers are
+            except BaseException as error:  # it got somewhere
+                failed.append(error)
+            counts[n] += 1
+            ended.wait(0.02)
+
+    threads = [threading.Thread(target=repeat, args=one, daemon=True) for one in enumerate(attacks)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        assert until(lambda: all(counts), 60), counts
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(30)
+    assert not failed, failed[0]
+
+
+class Wire:
+    """A port that passes a connection on to `target` and keeps what its client said, to be replayed."""
+
+    def __init__(self, target: Address) -> None:
+        self.target, self.heard = target, bytearray()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._pass, daemon=True).start()
+
+    def _pass(self) -> None:
+        near, _ = self._server.accept()
+        far = socket.create_connection(self.target, 10)
+        threading.Thread(target=self._copy, args=(far, near, None), daemon=True).start()
+        self._copy(near, far, self.heard)
+
+    def _copy(self, source: socket.socket, target: socket.socket, kept: bytearray | None) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if kept is not None:
+                    kept += data
+                target.sendall(data)
+        for sock in (source, target):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._server.close()
