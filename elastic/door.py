@@ -168,7 +168,7 @@ class Door:
         self._forget(one)
         try:
             one.sock.setblocking(True)
-            connection = Connection(one.sock, one.line.tls)
+            connection = one.line.connection(one.sock)
             threading.Thread(target=self.arrived, args=(connection, hello), name="node-peer", daemon=True).start()
         except (OSError, RuntimeError):  # gone already, or too many threads: that passes
             one.sock.close()

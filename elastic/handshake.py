@@ -4,7 +4,8 @@ Written without sockets: a step yields (bytes to send, bytes wanted at most) and
 can attend to hundreds of strangers in one thread (`elastic.door`), and nothing is read beyond what a step needs.
 
 With a run secret: knock(nonce) · challenge(nonce) · proof, hello · proof, hello. The proofs are HMAC-SHA256, keyed by the
-secret, over side, both nonces, purpose and member. They keep strangers out; against who sits on the path there is TLS.
+secret, over side, both nonces, purpose and member. The hellos and all that follows are tagged (`elastic.seal`): who sits on the
+path can read, but change nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from elastic.seal import TAG, Seal
 from elastic.security import Security, region_of
 from elastic.tls import HEADER, MAX_RECORD, Tls, TlsError
 from elastic.wire import HEAD, MAGIC, NONSENSE, Connection, Message, WireError, decode, decode_head, encode
@@ -44,6 +46,8 @@ class Line:
 
     def __init__(self) -> None:
         self.tls: Tls | None = None
+        self.seal: Seal | None = None
+        """Once both sides' nonces are known, if there is a run secret."""
         self.region = ""
         """The name in the peer's certificate, if it had to show one."""
         self.budget = MAX_UNPROVEN
@@ -55,15 +59,22 @@ class Line:
         self.over = False
         """Everything is said; it is for the peer to close: closing with unread bytes would destroy that."""
 
-    def send(self, *messages: Message) -> Steps[None]:
-        data = b"".join(encode(message) for message in messages)
+    def send(self, message: Message) -> Steps[None]:
+        data = _tagged(message, self.seal) if self.seal else encode(message)
         yield self.tls.seal(data) if self.tls else data, 0
 
     def receive(self) -> Steps[Message]:
         """Raises WireError, Refused."""
         head = yield from self._exactly(HEAD.size)
         size, _, checksum = decode_head(head, min(self.budget, MAX_HELLO), 0)
-        return decode((yield from self._exactly(size)), b"", checksum)
+        data = yield from self._exactly(size)
+        if self.seal and not self.seal.fits((yield from self._exactly(TAG)), head, data):
+            raise WireError("a frame is not what the peer sent next")
+        return decode(data, b"", None if self.tls or self.seal else checksum)
+
+    def connection(self, sock: socket.socket) -> Connection:
+        """What follows on the socket once everything is proved."""
+        return Connection(sock, self.tls, self.seal)
 
     def encrypt(self, security: Security, server: bool) -> Steps[None]:
         """A TLS handshake; each side has seen the other's certificate then. Raises Refused."""
@@ -160,10 +171,18 @@ def _knock(line: Line, secret: bytes, hello: Message) -> Steps[None]:
     mine, who = secrets.token_hex(32), [hello["purpose"], hello["member"]]
     yield from line.send({"type": "knock", "nonce": mine})
     nonces = [mine, str(_expect((yield from line.receive()), "challenge")["nonce"])]
-    yield from line.send({"type": "proof", "who": who, "proof": _proof(secret, "dials", nonces, who)}, hello)
+    seal = Seal(secret, nonces, who, "dials")
+    proof = encode({"type": "proof", "who": who, "proof": _proof(secret, "dials", nonces, who)})
+    yield proof + _tagged(hello, seal), 0
     answer = _expect((yield from line.receive()), "proof")
     if not hmac.compare_digest(str(answer["proof"]).encode(), _proof(secret, "answers", nonces, who).encode()):
         raise Refused("it does not know this run's secret")
+    line.seal = seal  # not sooner: its proof, or why it refuses ours, has no tag yet
+
+
+def _tagged(message: Message, seal: Seal) -> bytes:
+    data = encode(message, checked=False)
+    return data + seal.tag(data)
 
 
 def _expect(message: Message, kind: str) -> Message:
@@ -231,6 +250,7 @@ def _challenge(line: Line, secret: bytes) -> Steps[list[Any]]:
     if not hmac.compare_digest(str(answer.get("proof")).encode(), _proof(secret, "dials", nonces, who).encode()):
         raise Refused("the run's secret is another one at the two ends")
     yield from line.send({"type": "proof", "proof": _proof(secret, "answers", nonces, who)})
+    line.seal = Seal(secret, nonces, who, "answers")
     return who
 
 
@@ -279,7 +299,7 @@ def dial(endpoint: str, hello: Message, security: Security, timeout: float) -> t
         line = Line()
         answer = drive(sock, introduce(line, security, hello), deadline)
         sock.settimeout(None)
-        return Connection(sock, line.tls), answer
+        return line.connection(sock), answer
     except BaseException:
         sock.close()
         raise

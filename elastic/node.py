@@ -145,7 +145,7 @@ class Node:
                 return connection.close()
             finally:
                 self._open.discard(connection)
-            self._arrived(Connection(connection.sock, line.tls), hello)
+            self._arrived(line.connection(connection.sock), hello)
 
     def release(self, connection: Connection) -> None:
         self._open.discard(connection)

@@ -12,10 +12,8 @@ from elastic.door import Door
 from elastic.handshake import HANDSHAKE_TIMEOUT, Refused, dial, refusal
 from elastic.security import Security
 from elastic.tcp import keep_alive
-from elastic.wire import Connection, Message
+from elastic.wire import PIECE, Connection, Message
 
-PIECE = 1 << 17
-"""Bytes copied at a time."""
 PURPOSE = "lighthouse"
 WELCOME: Message = {"type": "hello"}
 
@@ -113,8 +111,8 @@ def join(one: Connection, other: Connection) -> None:
 def _copy(source: Connection, target: Connection) -> None:
     buffer = memoryview(bytearray(PIECE))
     with suppress(OSError):
-        while n := source.receive_into(buffer):
-            target.send_bytes(buffer[:n])
+        while data := source.receive_bytes(buffer):
+            target.send_bytes(data)
     for connection in (source, target):
         with suppress(OSError):
             connection.sock.shutdown(socket.SHUT_RDWR)

@@ -1,5 +1,5 @@
-"""Framed messages over a socket: a JSON header and a binary payload, with lengths that are bounded before allocation and
-a checksum. Nothing that arrives is evaluated."""
+"""Framed messages over a socket: a JSON header and a binary payload, with lengths that are bounded before allocation. A frame is
+protected by TLS or a tag (`elastic.seal`), or else by a checksum. Nothing that arrives is evaluated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import threading
 import zlib
 from typing import Any
 
+from elastic.seal import TAG, Seal
 from elastic.tls import Tls, TlsError
 
 Message = dict[str, Any]
 
 MAGIC = b"DLC1"
 HEAD = struct.Struct(">4sIQI")
-"""magic, bytes of JSON, bytes of payload, crc32 of both."""
+"""magic, bytes of JSON, bytes of payload, crc32 of both: 0 where TLS or a tag protects them."""
 MAX_JSON = 4 << 20
 MAX_PAYLOAD = 4 << 20
 """Bulk data travels in chunks of 1 MiB of fp32 at most."""
@@ -34,31 +35,41 @@ NONSENSE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 class Connection:
-    """A socket that carries whole frames, encrypted if there is a TLS session on it. Any thread may send; one thread
-    receives."""
+    """A socket that carries whole frames, encrypted if there is a TLS session on it, tagged if there is a seal. Any thread may
+    send; one thread receives."""
 
-    def __init__(self, sock: socket.socket, tls: Tls | None = None) -> None:
+    def __init__(self, sock: socket.socket, tls: Tls | None = None, seal: Seal | None = None) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         """The plain socket, whose options and counters are the connection's; what it carries is not for others."""
-        self._tls = tls
+        self._tls, self._seal = tls, seal
+        self._bare = tls is None and seal is None
         self._cipher = memoryview(bytearray(PIECE if tls else 0))
         self._sending = threading.Lock()
 
     def send(self, message: Message, payload: memoryview | bytes = b"") -> int:
         """Blocks while the peer does not read. Returns the bytes sent. Raises OSError when the connection is gone or its
         time-out passes."""
-        frame = encode(message, payload)
+        frame = encode(message, payload, self._bare)
         with self._sending:
+            if self._seal:
+                frame += self._seal.tag(frame, payload)
             self._send(frame)
             if len(payload):
                 self._send(payload)
         return len(frame) + len(payload)
 
     def send_bytes(self, data: memoryview | bytes) -> None:
-        """Of a stream that is not one of frames."""
+        """Of a stream that is not one of frames; where there is a seal, each piece is one, so that it is tagged."""
+        if self._seal:
+            self.send({}, data)
+            return
         with self._sending:
             self._send(data)
+
+    def receive_bytes(self, buffer: memoryview) -> memoryview:
+        """The next ones of such a stream, in the buffer or in memory of their own; none: its end."""
+        return memoryview(self.receive(2, PIECE)[1]) if self._seal else buffer[: self.receive_into(buffer)]
 
     def _send(self, data: memoryview | bytes) -> None:
         if self._tls is None:
@@ -70,9 +81,13 @@ class Connection:
 
     def receive(self, max_json: int = MAX_JSON, max_payload: int = MAX_PAYLOAD) -> tuple[Message, bytearray]:
         """The next frame. Raises WireError on anything else, ConnectionError at the end of the stream."""
-        json_size, payload_size, checksum = decode_head(self._exactly(HEAD.size), max_json, max_payload)
-        data, payload = self._exactly(json_size), self._exactly(payload_size)
-        return decode(data, payload, checksum), payload
+        head = self._exactly(HEAD.size)
+        json_size, payload_size, checksum = decode_head(head, max_json, max_payload)
+        data, tag = self._exactly(json_size), self._exactly(TAG if self._seal else 0)
+        payload = self._exactly(payload_size)
+        if self._seal and not self._seal.fits(tag, head, data, payload):
+            raise WireError("a frame is not what the peer sent next")
+        return decode(data, payload, checksum if self._bare else None), payload
 
     def receive_into(self, view: memoryview) -> int:
         """The next bytes; 0: the end of the stream. Raises WireError if they cannot be decrypted."""
@@ -106,10 +121,10 @@ class Connection:
         self.sock.close()
 
 
-def encode(message: Message, payload: memoryview | bytes = b"") -> bytes:
-    """A frame's head and JSON; the payload follows."""
+def encode(message: Message, payload: memoryview | bytes = b"", checked: bool = True) -> bytes:
+    """A frame's head and JSON; the payload follows. checked: there is nothing better than a checksum."""
     data = json.dumps(message, separators=(",", ":")).encode()
-    return HEAD.pack(MAGIC, len(data), len(payload), zlib.crc32(payload, zlib.crc32(data))) + data
+    return HEAD.pack(MAGIC, len(data), len(payload), zlib.crc32(payload, zlib.crc32(data)) if checked else 0) + data
 
 
 def decode_head(data: bytes | bytearray, max_json: int, max_payload: int) -> tuple[int, int, int]:
@@ -120,9 +135,9 @@ def decode_head(data: bytes | bytearray, max_json: int, max_payload: int) -> tup
     return json_size, payload_size, checksum
 
 
-def decode(data: bytes | bytearray, payload: bytes | bytearray, checksum: int) -> Message:
-    """Raises WireError."""
-    if zlib.crc32(payload, zlib.crc32(data)) != checksum:
+def decode(data: bytes | bytearray, payload: bytes | bytearray, checksum: int | None) -> Message:
+    """checksum: None: not needed. Raises WireError."""
+    if checksum is not None and zlib.crc32(payload, zlib.crc32(data)) != checksum:
         raise WireError("a frame's checksum does not match")
     return decode_json(data)
 

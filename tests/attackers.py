@@ -124,10 +124,13 @@ def meanwhile(*attacks: Callable[[], object]) -> Iterator[None]:
 
 
 class Wire:
-    """A port that passes a connection on to `target` and keeps what its client said, to be replayed."""
+    """A port that passes a connection on to `target` and keeps what was said there and back, to be replayed. up, down: what
+    becomes of it on the way."""
 
     def __init__(self, target: Address) -> None:
-        self.target, self.heard = target, bytearray()
+        self.target, self.heard, self.answered = target, bytearray(), bytearray()
+        self.up: Callable[[bytes], bytes] = bytes
+        self.down: Callable[[bytes], bytes] = bytes
         self._server = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._pass, daemon=True).start()
@@ -135,15 +138,23 @@ class Wire:
     def _pass(self) -> None:
         near, _ = self._server.accept()
         far = socket.create_connection(self.target, 10)
-        threading.Thread(target=self._copy, args=(far, near, None), daemon=True).start()
-        self._copy(near, far, self.heard)
+        threading.Thread(target=self._copy, args=(far, near, self._back), daemon=True).start()
+        self._copy(near, far, self._there)
 
-    def _copy(self, source: socket.socket, target: socket.socket, kept: bytearray | None) -> None:
+    def _there(self, data: bytes) -> bytes:
+        data, said = self.up(data), data
+        self.heard += said
+        return data
+
+    def _back(self, data: bytes) -> bytes:
+        data, said = self.down(data), data
+        self.answered += said
+        return data
+
+    def _copy(self, source: socket.socket, target: socket.socket, pass_on: Callable[[bytes], bytes]) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                if kept is not None:
-                    kept += data
-                target.sendall(data)
+                target.sendall(pass_on(data))
         for sock in (source, target):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
