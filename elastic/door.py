@@ -103,8 +103,8 @@ class Door:
         if len(self.strangers) >= STRANGERS:
             self._make_room()
         sock.setblocking(False)
-        line = Line()
-        steps = receive_hello(line, self.security)
+        line = Line(self.security)
+        steps = receive_hello(line)
         one = Stranger(sock, address[0], time.monotonic() + HANDSHAKE_TIMEOUT, line, steps)
         self.strangers[one] = None
         self._selector.register(sock, selectors.EVENT_READ, one)

@@ -20,6 +20,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from elastic.revocation import watch
 from elastic.seal import TAG, Seal
 from elastic.security import Security, region_of
 from elastic.tls import HEADER, MAX_RECORD, Tls, TlsError
@@ -44,7 +45,8 @@ class Refused(ConnectionError):
 class Line:
     """One side of a connection that is being set up."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security) -> None:
+        self.security = security
         self.tls: Tls | None = None
         self.seal: Seal | None = None
         """Once both sides' nonces are known, if there is a run secret."""
@@ -74,13 +76,16 @@ class Line:
 
     def connection(self, sock: socket.socket) -> Connection:
         """What follows on the socket once everything is proved."""
-        return Connection(sock, self.tls, self.seal)
+        made = Connection(sock, self.tls, self.seal)
+        if self.tls is not None:
+            watch(self.security, made, self.tls.serial())
+        return made
 
-    def encrypt(self, security: Security, server: bool) -> Steps[None]:
+    def encrypt(self, server: bool) -> Steps[None]:
         """A TLS handshake; each side has seen the other's certificate then. Raises Refused."""
         try:
             first = (yield from self._record()) if server else b""  # who says nothing costs no session
-            self.tls = Tls(_context(security, server), server).feed(first)
+            self.tls = Tls(_context(self.security, server), server).feed(first)
             done = self.tls.handshake()
             yield self.tls.take(), 0
             while not done:
@@ -150,10 +155,11 @@ def refusal(reason: str) -> Message:
 # The dialling side
 
 
-def introduce(line: Line, security: Security, hello: Message) -> Steps[Message]:
+def introduce(line: Line, hello: Message) -> Steps[Message]:
     """Proves, says hello and returns the answer. Raises Refused, WireError, SecurityError."""
+    security = line.security
     if security.tls:
-        yield from line.encrypt(security, server=False)
+        yield from line.encrypt(server=False)
     line.budget = 2 * MAX_HELLO
     if security.secret_from and not security.tls:
         yield from _knock(line, security.secret(), hello)
@@ -202,11 +208,11 @@ def _proof(secret: bytes, side: str, nonces: list[str], who: list[Any]) -> str:
 # The accepting side
 
 
-def receive_hello(line: Line, security: Security) -> Steps[Message]:
+def receive_hello(line: Line) -> Steps[Message]:
     """The hello of a peer that has proved what it has to; it is not answered yet. Raises Refused, which the peer has been told
     of, WireError, SecurityError."""
     try:
-        return (yield from _receive_hello(line, security))
+        return (yield from _receive_hello(line))
     except Refused as error:
         line.refused = str(error)
         if not line.garbled:
@@ -218,12 +224,12 @@ def receive_hello(line: Line, security: Security) -> Steps[Message]:
         raise
 
 
-def _receive_hello(line: Line, security: Security) -> Steps[Message]:
+def _receive_hello(line: Line) -> Steps[Message]:
     who: list[Any] = []
-    if security.tls:
-        yield from line.encrypt(security, server=True)
-    elif security.secret_from:
-        who = yield from _challenge(line, security.secret())
+    if line.security.tls:
+        yield from line.encrypt(server=True)
+    elif line.security.secret_from:
+        who = yield from _challenge(line, line.security.secret())
     line.budget = 2 * MAX_HELLO
     hello = yield from line.receive()
     if hello.get("type") == "knock":
@@ -295,9 +301,9 @@ def dial(endpoint: str, hello: Message, security: Security, timeout: float) -> t
     try:
         if name:  # what follows is between the two ranks: the gateway copies it unread
             call = {"type": "hello", "purpose": "call", "member": hello["member"], "to": name}
-            drive(sock, introduce(Line(), security, call), deadline)
-        line = Line()
-        answer = drive(sock, introduce(line, security, hello), deadline)
+            drive(sock, introduce(Line(security), call), deadline)
+        line = Line(security)
+        answer = drive(sock, introduce(line, hello), deadline)
         sock.settimeout(None)
         return line.connection(sock), answer
     except BaseException:

@@ -134,9 +134,9 @@ class Node:
         with contextlib.suppress(OSError):  # the gateway, or the caller, is gone
             connection = self._ask_gateway(gateway, "answer", call=call)
             self._open.add(connection)
-            line = Line()
+            line = Line(self.security)
             try:
-                steps = receive_hello(line, self.security)
+                steps = receive_hello(line)
                 hello = drive(connection.sock, steps, time.monotonic() + HANDSHAKE_TIMEOUT)
                 connection.sock.settimeout(None)
             except OSError as error:

@@ -40,6 +40,11 @@ class Tls:
         shown: Any = self._session.getpeercert() or {}
         return next((str(value) for part in shown["subject"] for key, value in part if key == "commonName"), "")
 
+    def serial(self) -> int:
+        """Of the peer's certificate."""
+        shown: Any = self._session.getpeercert()
+        return int(shown["serialNumber"], 16)
+
     def take(self) -> bytes:
         with self._lock:
             return self._out.read()

@@ -405,10 +405,10 @@ def test_a_tunnel_asks_for_a_proof_and_serves_nothing_else(stack: ExitStack, sec
 def test_garbage_in_a_frame_of_a_proof_is_no_frame() -> None:
     from elastic.handshake import Line, receive_hello
 
-    steps = receive_hello(Line(), Security(secret_from="nowhere"))
+    steps = receive_hello(Line(Security(secret_from="nowhere")))
     with pytest.raises(ValueError, match="nowhere cannot be read"):
         next(steps)
-    steps = receive_hello(Line(), OPEN)
+    steps = receive_hello(Line(OPEN))
     assert next(steps) == (b"", HEAD.size)
     with pytest.raises(WireError):
         steps.send(bytes(HEAD.size))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from elastic import tcp
+from elastic.addresses import host_port
 from elastic.gateway import Gateway
 from elastic.node import Identity, Node, Refused
 from elastic.security import OPEN, Security, SecurityError, choose
+from elastic.tunnel import Entrance, Exit
 from elastic.wire import Connection, Message
 from launch.certs import Authority, issue
 
@@ -208,6 +212,63 @@ def test_revoked_while_the_run_goes_on_and_certified_anew(make: Make, tmp_path: 
     issue(directory, ["us"])
     us.security = of(directory, "us")
     assert us.dial(eu.endpoint, "echo", 10)  # the node was not started anew
+
+
+def alive(connection: Connection) -> bool:
+    """Whether the echo at its other end answers."""
+    try:
+        connection.send({"a": 1})
+        return connection.receive()[0] == {"a": 1}
+    except OSError:
+        return False
+
+
+def test_revocation_cuts_connections_that_stand_and_no_others(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, copy = tmp_path / "c", tmp_path / "copy"
+    issue(directory, ["eu", "us", "asia"])
+    shutil.copytree(directory, copy)  # the others hear of a revocation at another time, or never
+    eu, us, asia = make("eu_1", of(directory, "eu")), make("us_2", of(copy, "us")), make("asia_3", of(copy, "asia"))
+    dialled, other, accepted = (a.dial(b.endpoint, "echo", 10)[0] for a, b in ((us, eu), (asia, eu), (eu, us)))
+    issue(tmp_path / "foreign", ["us"])
+    printed: list[str] = []
+
+    def count(sentence: str) -> int:
+        printed.append(capsys.readouterr().out)
+        return "".join(printed).count(sentence)
+
+    for n, data in enumerate(((tmp_path / "foreign" / "revoked.crl").read_bytes(), b"half a li")):
+        (directory / "revoked.crl").write_bytes(data)
+        assert until(lambda n=n: count("revoked.crl cannot be used") == n + 1)
+        assert alive(dialled) and alive(other) and alive(accepted)
+    (directory / "revoked.crl").write_bytes((copy / "revoked.crl").read_bytes())
+    Authority(directory).revoke("us")
+    assert until(lambda: not alive(dialled)) and until(lambda: not alive(accepted))
+    assert alive(other) and count("cut a connection: its certificate is revoked") == 2
+    assert refused(us, eu.endpoint) == "it says that our certificate is revoked"
+
+
+def test_revocation_cuts_what_a_gateway_joins_and_a_tunnel_carries(make: Make, tmp_path: Path) -> None:
+    directory, copy = tmp_path / "c", tmp_path / "copy"
+    issue(directory, ["eu", "us"])
+    shutil.copytree(directory, copy)
+    gateway = Gateway("127.0.0.1", 0, of(directory, "gateway"))
+    eu, us = make("eu_1", of(copy, "eu")), make("us_2", of(copy, "us"))
+    through, _ = us.dial(eu.register(gateway.endpoint, "eu_1.0"), "echo", 10)
+    with socket.create_server(("127.0.0.1", 0)) as behind:
+        tunnel = Exit("127.0.0.1", 0, of(directory, "lighthouse"), behind.getsockname()[1])
+        with Entrance("127.0.0.1", tunnel.port, of(copy, "us"), "us_2") as entrance:
+            near = socket.create_connection(host_port(entrance.address), 10)
+            far, _ = behind.accept()
+            assert alive(through)
+            Authority(directory).revoke("us")
+            far.settimeout(10)
+            assert far.recv(1) == b"" and near.recv(1) == b"" and until(lambda: not alive(through))
+            near.close()
+            far.close()
+    tunnel.close()
+    gateway.close()
 
 
 def test_a_certificate_is_for_one_region_on_both_sides(make: Make, certs: Path) -> None:
