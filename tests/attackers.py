@@ -7,10 +7,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from elastic.security import Security, choose
+import pytest
+
+from elastic.node import Identity, Node
+from elastic.security import OPEN, Security, choose
+from elastic.wire import Connection, Message
 from launch.certs import Authority, issue
 
 Address = tuple[str, int]
@@ -55,12 +59,12 @@ def context(papers: Path | None) -> ssl.SSLContext:
     return made
 
 
-def said_over_tls(address: Address, papers: Path | None, data: bytes) -> bytes:
-    """What a port answers to who shows these papers: every byte under TLS until it hangs up."""
+def said_over_tls(address: Address, papers: Path | None, data: bytes, patience: float = 10.0) -> bytes:
+    """What a port answers to who shows these papers: every byte under TLS until it hangs up or says nothing for so many s."""
     answer = b""
     with (
         suppress(OSError),
-        socket.create_connection(address, 10) as sock,
+        socket.create_connection(address, patience) as sock,
         context(papers).wrap_socket(sock) as session,
     ):
         session.sendall(data)
@@ -161,3 +165,70 @@ class Wire:
 
     def close(self) -> None:
         self._server.close()
+
+
+# ---- a member of the run, and what tests need for one ----
+
+SECRET = "a secret of this run"
+Of = Callable[[str, str], Security]
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
+    return Papers(tmp_path_factory.mktemp("papers"))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def security(papers: Papers, tmp_path: Path) -> Callable[[str, str], Security]:
+    (tmp_path / "secret").write_text(SECRET)
+
+    def of(kind: str, name: str) -> Security:
+        return {"tls": papers.of(name), "secret": Security(secret_from=str(tmp_path / "secret")), "open": OPEN}[kind]
+
+    return of
+
+
+def node(stack: ExitStack, member: str, security: Security) -> Node:
+    made = Node("127.0.0.1", security=security)
+    made.identity = Identity("run", "{}", member)
+    stack.callback(made.close)
+    return made
+
+
+def address(endpoint: str) -> Address:
+    host, port = endpoint.rsplit(":", 1)
+    return host, int(port)
+
+
+class Target:
+    """eu's port: counts how often its handler was reached."""
+
+    def __init__(self, stack: ExitStack, security: Security) -> None:
+        self.reached: list[Message] = []
+        self.heard: list[Message] = []
+        self.node = node(stack, "eu_1", security)
+        self.node.handlers["echo"] = self._echo
+        self.door = self.node._door
+        self.address = address(self.node.endpoint)
+
+    def _echo(self, connection: Connection, hello: Message) -> None:
+        self.reached.append(hello)
+        while True:
+            message, payload = connection.receive()
+            self.heard.append(message)
+            connection.send(message, payload)
+
+    def serves(self, friend: Node, seconds: float = 10.0) -> bool:
+        """A member is served, and soon."""
+        begin, before = time.monotonic(), len(self.reached)
+        connection, _ = friend.dial(self.node.endpoint, "echo", 20)
+        connection.send({"n": before}, b"x" * 1000)
+        answered = connection.receive() == ({"n": before}, b"x" * 1000)
+        friend.release(connection)
+        return answered and len(self.reached) == before + 1 and time.monotonic() - begin < seconds
