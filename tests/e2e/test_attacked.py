@@ -1,10 +1,15 @@
-"""A run under TLS commits on time while everybody who does not belong to it does what he can at every port."""
+"""A run under TLS, or with a secret, commits on time while everybody who does not belong to it does what he can at every port."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
+from elastic.handshake import dial
+from elastic.security import Security
 from tests.attackers import Address, Papers, idle, meanwhile, said, said_over_tls
 from tests.e2e.cluster import Cluster, RegionProcess
 from tests.test_attacks import HELLO, KILL, LENGTHS, LIGHT
@@ -30,9 +35,13 @@ def seconds(cluster: Cluster, rounds: int) -> float:
     return time.monotonic() - begin
 
 
-def test_two_regions_commit_on_time_while_attacked(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tls", "secret"])
+def test_two_regions_commit_on_time_while_attacked(cluster: Cluster, tmp_path: Path, kind: str) -> None:
     papers = Papers(tmp_path / "papers")
-    common = (f"elastic.tls={papers.run}", "outer.sync_every=10", "run.rounds=100000", "ckpt.every=1000")
+    for name in ("ours", "guessed"):
+        (tmp_path / name).write_text(f"a secret that is {name}")
+    proof = {"tls": f"elastic.tls={papers.run}", "secret": f"elastic.secret_file={tmp_path}/ours"}[kind]
+    common = (proof, "outer.sync_every=10", "run.rounds=100000", "ckpt.every=1000")
     regions = [cluster.start(n, "elastic.start_regions=2", "elastic.min_regions=2", *common) for n in ("eu", "us")]
     cluster.until(lambda: cluster.rounds() >= 2)
     before, quiet = [memory(region) for region in regions], seconds(cluster, ROUNDS)
@@ -45,8 +54,12 @@ def test_two_regions_commit_on_time_while_attacked(cluster: Cluster, tmp_path: P
         for port in ports:
             for shown in papers.forged.values():
                 assert said_over_tls(port, shown, HELLO + LIGHT + KILL) == b""
-            for data in (*LENGTHS.values(), KILL):
+            for data in (*LENGTHS.values(), KILL, HELLO, LIGHT + KILL):
                 assert b"HTTP" not in said(port, data)
+            with suppress(OSError):  # refused
+                hello = {"type": "hello", "purpose": "lighthouse", "member": "us_2"}
+                dial(f"127.0.0.1:{port[1]}", hello, Security(secret_from=f"{tmp_path}/guessed"), 10)
+                raise AssertionError("a guessed secret was accepted")
 
     def flood() -> None:
         for port in ports:
@@ -64,4 +77,5 @@ def test_two_regions_commit_on_time_while_attacked(cluster: Cluster, tmp_path: P
     for region in regions:
         assert "given up" not in region.text() and "Traceback" not in region.text(), region.text()
         assert region.text().count("refused a connection") <= 20, "each reason is said once"
-        assert "its certificate is revoked" in region.text()
+        sentence = {"tls": "its certificate is revoked", "secret": "the run's secret is another one"}[kind]
+        assert sentence in region.text()
