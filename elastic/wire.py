@@ -67,7 +67,7 @@ class Connection:
         data = bytearray(size)
         view, got = memoryview(data), 0
         while got < size:
-            n = self.sock.recv_into(view[got:])
+            n = self.sock.recv_into(view[got:], 0, socket.MSG_WAITALL)  # else Python wakes for every packet or two
             if n == 0:
                 raise ConnectionResetError("the peer closed the connection")
             got += n
