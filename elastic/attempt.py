@@ -20,7 +20,7 @@ from elastic.plan import cells, chunks, rank_blocks
 from elastic.side import Side
 from elastic.wire import Message, WireError
 
-CHUNK = 128 << 10
+CHUNK = 256 << 10
 """Bytes of a message, about: every stream carries one at a time, so a chunk is complete, and its sum can be on its way, after
 as many chunks as there are streams."""
 MAX_CHUNK = 64

@@ -23,6 +23,8 @@ from elastic.order import Arithmetic, Contribution, Key, Order, Outcome
 from elastic.plan import NotFinite
 from elastic.wire import NONSENSE, Message
 
+PACE = 1.2
+"""Times the highest rate seen is how fast a rank sends: so that a link that has become faster is noticed."""
 REMEMBERED = 1000
 """Ended attempts whose late frames are recognized."""
 
@@ -171,13 +173,19 @@ class Exchanger:
         attempt.fail(frozenset([name] if name else []), f"the contribution of {name or 'all together'} is not finite")
 
     def _open(self, attempt: Attempt) -> None:
-        """Gets the links that the attempt needs, side by side; it talks on each as soon as it stands."""
+        """Gets the links that the attempt needs, side by side; it talks on each as soon as it stands. Their pace is their
+        part of what this rank's uplink can carry: unpaced, a dozen streams that all look for more overfill a queue of one
+        round trip, and a tenth of what they send is lost and sent again."""
         order = attempt.order
         reachable = bool(order.parties[order.me].endpoints[self.rank])
 
+        total = sum(side.outgoing for side in attempt.sides.values())
+
         def get(peer: Rank, endpoint: str) -> None:
             try:
-                attempt.open(peer, self.links.get(peer, endpoint, reachable, self.stall))
+                link = self.links.get(peer, endpoint, reachable, self.stall)
+                link.pace(PACE * self.links.meter.up * attempt.sides[peer].outgoing / total)
+                attempt.open(peer, link)
             except (OSError, ValueError) as error:  # ValueError: an endpoint that is none
                 attempt.fail(frozenset([peer[0]]), f"no connection to {peer[0]}: {error}")
 

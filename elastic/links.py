@@ -56,6 +56,8 @@ class Link:
         self.newest = 0.0
         """When the newest attempt began of those that frames came for."""
         self.broken = ""
+        self._pace = 0.0
+        """Bytes/s at most; 0: no limit."""
         self.wanted = 1
         """Streams that were dialled, or are being."""
         self.early: OrderedDict[str, list[tuple[Message, bytearray]]] = OrderedDict()
@@ -73,11 +75,19 @@ class Link:
         with self._lock:
             if not self.broken:
                 self.streams.append(connection)
+        self.pace(self._pace)
         if self.broken:
             connection.close()
             return
         threading.Thread(target=self._send, args=(connection,), name="link-send", daemon=True).start()
         self._receive(connection)
+
+    def pace(self, rate: float) -> None:
+        """All streams together are to send no faster than this, bytes/s; 0: as fast as they can."""
+        with self._lock:
+            self._pace = rate
+            for stream in self.streams if rate else ():
+                tcp.pace(stream.sock, rate / len(self.streams))
 
     def close(self, reason: str) -> None:
         """Ends all streams; who waits for this link hears the reason."""

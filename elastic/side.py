@@ -58,6 +58,11 @@ class Side:
     """What there is to send before the link stands."""
 
     @property
+    def outgoing(self) -> int:
+        """Chunks to send: parts, and sums of what the peer sends parts of."""
+        return len(self.parts) + self.expected
+
+    @property
     def early(self) -> int:
         """Parts that may come before they are allowed."""
         return EARLY // self.chunk

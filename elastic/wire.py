@@ -89,10 +89,11 @@ class Connection:
             raise WireError("a frame is not what the peer sent next")
         return decode(data, payload, checksum if self._bare else None), payload
 
-    def receive_into(self, view: memoryview) -> int:
-        """The next bytes; 0: the end of the stream. Raises WireError if they cannot be decrypted."""
+    def receive_into(self, view: memoryview, flags: int = 0) -> int:
+        """The next bytes; 0: the end of the stream. flags: of recv(), for a stream without TLS; how
+        much cipher text is to come, only a session knows. Raises WireError if they cannot be decrypted."""
         if self._tls is None:
-            return self.sock.recv_into(view)
+            return self.sock.recv_into(view, 0, flags)
         try:
             while not (n := self._tls.open_into(view)):
                 if not (got := self.sock.recv_into(self._cipher)):
@@ -108,7 +109,7 @@ class Connection:
         data = bytearray(size)
         view, got = memoryview(data), 0
         while got < size:
-            n = self.receive_into(view[got:])
+            n = self.receive_into(view[got:], socket.MSG_WAITALL)  # else Python wakes for every packet or two
             if n == 0:
                 raise ConnectionResetError("the peer closed the connection")
             got += n
