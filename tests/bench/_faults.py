@@ -48,15 +48,14 @@ OVERRIDES = [
 class System:
     name: str
     module: str
-    lighthouse: tuple[str, ...]
-    """Module and arguments before its port."""
+    join: int
+    """Milliseconds for which the lighthouse waits for those that have not asked yet."""
     more: tuple[str, ...] = ()
 
 
-_OURS = ("tests.bench._failing", ("elastic.lighthouse", "--bind", "127.0.0.1:"))
-BLOCKING = System("blocking", *_OURS)
-OVERLAPPED = System("overlapped", *_OURS, (f"outer.max_overlap_steps={SYNC_EVERY}",))
-TORCHFT = System("torchft", "tests.bench._torchft", ("tests.bench._torchft", "lighthouse", ""))
+BLOCKING = System("blocking", "tests.bench._failing", 1000)
+OVERLAPPED = System("overlapped", "tests.bench._failing", 1000, (f"outer.max_overlap_steps={SYNC_EVERY}",))
+TORCHFT = System("torchft", "tests.bench._torchft", 5000)
 
 
 class Run:
@@ -66,12 +65,13 @@ class Run:
         self.system, self.directory, self.port = system, directory, free_port()
         self.hold = directory / "hold"
         self.regions: dict[str, RegionProcess] = {}
-        self.lighthouse = self.open_lighthouse()
+        self.lighthouse, self.spare = self.open_lighthouse(), self.open_lighthouse()
+        serve(self.lighthouse)
 
-    def open_lighthouse(self) -> subprocess.Popen[bytes]:
-        module, *arguments = self.system.lighthouse
-        arguments[-1] += str(self.port)
-        return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL)
+    def open_lighthouse(self) -> subprocess.Popen[str]:
+        """One that waits for the word."""
+        command = [sys.executable, "-m", "tests.bench._lighthouse", str(self.port), str(self.system.join)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self) -> None:
         for name in REGIONS:
@@ -115,8 +115,17 @@ class Run:
 
     def close(self) -> None:
         kill(*self.regions.values())
-        self.lighthouse.kill()
-        self.lighthouse.wait()
+        for process in (self.lighthouse, self.spare):
+            process.kill()
+            process.communicate()
+
+
+def serve(lighthouse: subprocess.Popen[str]) -> None:
+    """Returns when it does."""
+    assert lighthouse.stdin is not None and lighthouse.stdout is not None
+    lighthouse.stdin.write("\n")
+    lighthouse.stdin.flush()
+    assert lighthouse.stdout.readline() == "serving\n", "the lighthouse does not begin"
 
 
 @contextmanager
@@ -190,7 +199,7 @@ def outage(run: Run) -> float:
     run.lighthouse.kill()
     run.lighthouse.wait()
     run.until(lambda: time.time() - begin > OUTAGE)
-    run.lighthouse = run.open_lighthouse()
+    serve(run.spare)
     return begin
 
 

@@ -1,5 +1,5 @@
 """One replica of stock torchft 0.2.0, `Manager` + `DiLoCo`, on the model and the steps of tests.bench._failing: the peer of
-tests.bench.failover. `lighthouse PORT` as arguments: its lighthouse.
+tests.bench.failover.
 
 Every silence that torchft can be told of is SILENCE, as in the product; the rest is left at its defaults. Writes metrics.jsonl
 in run.dir/<region> with the fields of the product's that the benchmark reads.
@@ -22,7 +22,6 @@ os.environ.setdefault("RUST_LOG", "error")
 import torch
 from torch import nn
 from torch.distributed import TCPStore
-from torchft.coordination import LighthouseServer
 from torchft.local_sgd import DiLoCo
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
@@ -52,14 +51,6 @@ class Group(ProcessGroupGloo):
         if self.calls % HELD == 0:
             hold()
         return super().allreduce(*arguments)
-
-
-def lighthouse(port: int) -> None:
-    milliseconds = int(1000 * SILENCE)
-    LighthouseServer(
-        bind=f"127.0.0.1:{port}", min_replicas=1, join_timeout_ms=milliseconds, heartbeat_timeout_ms=milliseconds
-    )
-    threading.Event().wait()
 
 
 def build_manager(name: str, address: str, model: nn.Module, inner: Inner) -> Manager:
@@ -131,6 +122,4 @@ def main(overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "lighthouse":
-        lighthouse(int(sys.argv[2]))
     leave(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ usual round's pause in the same run.
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ def told(system: System, cost: Cost) -> str:
 
 
 def main(wanted: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left behind
     all_costs: Costs = {}
     found: list[Row] = [Row("an inner step", 1e3 * PACE, "ms"), Row("H", SYNC_EVERY, "steps")]
     with tempfile.TemporaryDirectory() as directory:
