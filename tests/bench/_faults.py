@@ -264,10 +264,9 @@ def cost(run: Run, begin: float, detected: float | None) -> Cost:
         if name in run.crashed():
             steps.append(time.time())  # it stands still for good
         warm = run.committed(name)[WARM - 2]["time"]
-        gaps = [(b - a, b) for a, b in pairwise(steps)]
-        step = median(seconds for seconds, _ in gaps)
-        usual.append(max(seconds for seconds, end in gaps if warm < end <= begin) - step)
-        still.append(max(seconds for seconds, end in gaps if end > begin) - step)
+        step = median(b - a for a, b in pairwise(steps))
+        usual.append(max(b - a for a, b in pairwise(steps) if warm < a and b <= begin) - step)
+        still.append(max(b - a for a, b in pairwise(steps) if b > begin) - step)
     lost = sum(lost_by_torchft(run, n) if run.system is TORCHFT else lost_by_us(run, n) for n in SURVIVORS)
     return Cost(lost, max(still), max(usual), detected, digests_equal(run, begin), len(run.crashed()))
 
