@@ -55,6 +55,8 @@ class Checker:
         self._lives: dict[str, Life] = defaultdict(Life)
         self._early: list[tuple[str, Report]] = []
         """Reports on entries that are not read yet."""
+        self._said: dict[int, set[str]] = defaultdict(set)
+        """seq -> members that have reported on it."""
 
     def wrong(self, text: str) -> None:
         self.violations.append(text)
@@ -134,6 +136,7 @@ class Checker:
         if entry is None:
             self.wrong(f"{member} reports a round at entry {seq}, which is none")
             return
+        self._said[seq].add(member)
         digest, first = self._digests.setdefault(seq, (report["digest"], member))
         if first != member:
             self.compared += 1
@@ -175,6 +178,14 @@ class Checker:
                     f"{fragment} and contributes {answer['steps']}: {abs(since - answer['steps'])} {verb}"
                 )
         life.fragments[fragment] = at
+
+    def common(self, members: set[str | None], newest: int = 8) -> list[int]:
+        """The last rounds that hold the work of all `members`."""
+        last = self.rounds[-newest:]
+        return [n for n in last if {a["member"] for a in self._round_at[n]["answers"]} >= members]
+
+    def reported(self, seq: int) -> set[str]:
+        return self._said[seq]
 
     def finish(self) -> None:
         """The checks that were to be made were made."""
