@@ -27,11 +27,11 @@ from tests.e2e.cluster import SMALL
 LINKS = [("rtt", "40ms"), ("up", "16mbit"), ("down", "16mbit")]
 SETTINGS = [
     *SMALL,
-    "outer.sync_every=60",
+    "outer.sync_every=24",
     "outer.fragments=2",
-    "outer.max_overlap_steps=10",
+    "outer.max_overlap_steps=8",
     "run.rounds=1000000",
-    "run.report_every=60",
+    "run.report_every=48",
     "run.eval_every=50",
     "ckpt.every=5",
     "elastic.lease_rounds=100",
