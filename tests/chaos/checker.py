@@ -8,6 +8,7 @@ never rewinds.
 from __future__ import annotations
 
 import json
+from bisect import bisect, bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class Life:
     fragments: dict[int, int] = field(default_factory=dict)
     """Fragment -> inner steps at its last snapshot that was used."""
     last: int | None = None
-    """seq of its last report, once it has contributed: from then on it may skip none."""
+    """seq of its last report. It may skip rounds after it, whose bits were not kept, but none that holds its work."""
 
 
 class Checker:
@@ -159,14 +160,14 @@ class Checker:
         snapshot and that of the one before, of the same fragment."""
         life, seq, fragment = self._lives[member], entry["seq"], entry["fragment"]
         if life.last is not None:
-            skipped = [n for n in self.rounds if life.last < n < seq]
+            since = self.rounds[bisect(self.rounds, life.last) : bisect_left(self.rounds, seq)]
+            skipped = [n for n in since if member in self._members(n)]
             if skipped:
-                self.wrong(f"{member} reports entry {seq} but has skipped {skipped}")
-            life.last = seq
+                self.wrong(f"{member} reports entry {seq} but has skipped {skipped}, which hold its work")
+        life.last = seq
         answer = next((a for a in entry["answers"] if a["member"] == member), None)
         if answer is None:
             return
-        life.last = seq
         at = report["step"] - report["overlap"]
         if fragment in life.fragments:
             self.steps_checked += 1
@@ -182,7 +183,10 @@ class Checker:
     def common(self, members: set[str | None], newest: int = 8) -> list[int]:
         """The last rounds that hold the work of all `members`."""
         last = self.rounds[-newest:]
-        return [n for n in last if {a["member"] for a in self._round_at[n]["answers"]} >= members]
+        return [n for n in last if self._members(n) >= members]
+
+    def _members(self, seq: int) -> set[str]:
+        return {answer["member"] for answer in self._round_at[seq]["answers"]}
 
     def reported(self, seq: int) -> set[str]:
         return self._said[seq]
