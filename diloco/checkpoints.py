@@ -66,6 +66,13 @@ class Checkpoints:
             flats = [reader.read(plane, f, *self.shards.span(f)) for plane in planes.names]
             planes.load(f, fragment.get("base", 0), *flats)
 
+    def load_fragment(self, prefix: str, fragment: int, planes: Planes) -> tuple[set[int], list[Tensor]]:
+        """This rank's slices of one fragment's θ and moments, and the seq of the last round in them."""
+        manifest = load_manifest(self.store, prefix)
+        reader, span = Reader(self.store, manifest), self.shards.span(fragment)
+        flats = [reader.read(plane, fragment, *span) for plane in planes.names]
+        return {manifest["counters"]["fragments"][fragment]["base"]}, flats
+
     def load_prefix(self, state: State, planes: Planes) -> None:
         """From the checkpoint that the current epoch starts from."""
         self.load(load_manifest(self.store, state.checkpoint), planes)

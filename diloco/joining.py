@@ -8,7 +8,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -32,16 +31,15 @@ from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
 from elastic.addresses import host_port, is_local
-from elastic.coordinator import Coordinator, Timing
+from elastic.coordinator import Coordinator
 from elastic.lighthouse import LighthouseError, Membership, find_or_serve, reach
 from elastic.memory import Pipe
 from elastic.node import Identity, Node
 from elastic.process import Exchange
+from elastic.pulse import step_aside
 from elastic.ranks import Ranks, follow
 from elastic.rounds import Rounds
-
-PATIENCE = 120.0
-"""Seconds without an order after which the main loop counts as hung and heartbeats stop."""
+from elastic.timing import Timing
 
 
 def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
@@ -327,14 +325,15 @@ def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside
     links.coordinator = Coordinator(links.node, ranks, ledger, machine, timing, digest)
     links.journal = journal
     limits = Limits(cfg.inner.batch, cfg.outer.max_overlap_steps, max_local_steps(cfg))
-    control = links.control = Control(links.coordinator, ledger, links.member, limits)
+    control = links.control = Control(links.coordinator, ledger, links.member, limits, cfg.elastic.hang_timeout)
+    links.coordinator.watch = partial(step_aside, links.coordinator, control.pulse)
     entrance = stack.enter_context(reach(cfg.elastic.lighthouse, links.node.security, links.member))
     links.membership = Membership(
         entrance.address if entrance else cfg.elastic.lighthouse,
         links.member,
         outside,
         trainer.state.run,
-        lambda: time.monotonic() - control.alive_at < PATIENCE,
+        lambda: not control.pulse.late(),
         links.coordinator.meet,
     )
     stack.callback(links.membership.close)

@@ -7,17 +7,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from ckpt.checkpoint import DamagedError, verify
-from diloco.bits import bits_of
+from diloco.bits import bits_of, fetch_fragment
 from diloco.checkpoints import Checkpoints
 from diloco.errors import ConfigError
 from diloco.fold import State, entry_hash, fold, fold_all
 from diloco.journal import Journal
 from diloco.parallel import on_rank_0
 from diloco.trainer import Trainer
-from elastic import recovery
 from elastic.node import Node
 
 
@@ -143,18 +140,14 @@ def _load_from(trainer: Trainer, donors: list[tuple[str, ...]]) -> bool:
     for fragment in trainer.fragments:
         f = fragment.index
         try:
-            fetched = [
-                recovery.fetch(trainer.links.node, donors, fragment.blocks, plane, f, *trainer.planes.slices[f])
-                for plane in trainer.planes.names
-            ]
+            bases, flats = fetch_fragment(trainer, donors, f)
         except OSError as error:
             print(f"{trainer.links.member}: {error}", flush=True)
             mine.append({-1})
             continue
-        bases = {piece.base for pieces in fetched for piece in pieces} or {trainer.state.fragments[f].base}
+        bases = bases or {trainer.state.fragments[f].base}
         mine.append(bases)
         if len(bases) == 1:
-            flats = [torch.cat([torch.empty(0), *(p.data.view(torch.float32) for p in pieces)]) for pieces in fetched]
             trainer.planes.load(f, bases.copy().pop(), *flats)
     everyone = [
         json.loads(data) for data in trainer.region.gather_bytes(json.dumps([sorted(b) for b in mine]).encode())

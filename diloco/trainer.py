@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckpt.store import Store, StoreError
 from diloco.averaging import Averaging
-from diloco.bits import bits_of
+from diloco.bits import find_bits
 from diloco.checkpoints import Checkpoints
 from diloco.clock import Clock
 from diloco.codec import build_codec, compiles
@@ -90,6 +90,8 @@ class Trainer:
         """Fragments whose local parameters equal theta."""
         self.taken: list[list[int]] = []
         """Before the first leases after a restart: ranges of samples that the local parameters have seen already."""
+        self.behind = False
+        """It leaves, and the planes lack a round of the state's."""
         self._digests: dict[tuple[str, int], tuple[int, str]] = {}
         """(plane, fragment) -> (base, digest) that was computed last."""
 
@@ -161,6 +163,8 @@ class Trainer:
 
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         """A boundary: snapshots the fragment, offers the pseudo-gradient to the exchange, and answers. Collective."""
+        if self.behind or not self.in_step:
+            return  # theta is not that of the state: more entries come
         key, theta = (epoch, fragment, base), self.planes.theta[fragment]
         flat = shared_zeros(theta.numel())
         if self.data_parallel:
@@ -193,6 +197,11 @@ class Trainer:
         if self.links.coordinator is not None:
             self.links.coordinator.post(rounds.Answered(fragment, epoch, base, answer))
 
+    @property
+    def in_step(self) -> bool:
+        """The planes are those of the state: not while entries are missing that a donor had."""
+        return self.planes.bases == [fragment.base for fragment in self.state.fragments]
+
     def digest(self, plane: str, fragment: int) -> str:
         """Of a whole plane, from the ranks' block digests; computed once a round. Collective."""
         base, known = self.planes.bases[fragment], self._digests.get((plane, fragment))
@@ -216,15 +225,17 @@ class Trainer:
         """A committed round: the outer step, and what is due after it."""
         f, seq = entry["fragment"], entry["seq"]
         self.stored[seq] = entry["attempt"]
-        if self.planes.bases[f] >= seq:
+        if self.planes.bases[f] >= seq or self.behind:
             return  # these planes came from a peer or a checkpoint that had it already
+        if (bits := find_bits(self, entry)) is None:
+            return  # a newer state came instead
         snapshot = self.snapshots.pop(f, None)
         used = snapshot if self.links.member in [answer["member"] for answer in entry["answers"]] else None
         if used is not None:
             self.settle(f, used)
         elif snapshot is None:
             self.clock.missed()
-        squares = self.combine(before, entry, used)
+        squares = self.combine(before, entry, used, bits)
         self.links.exchanger.decided((entry["epoch"], f, entry["base"]))
         overlap = 0 if used is None else self.clock.steps - used.stamp.at
         del snapshot, used  # its memory is wanted below
@@ -240,10 +251,10 @@ class Trainer:
             share = (1 - self.cfg.outer.alpha) * self.fragments[fragment].elements / self.parameters
             self.clock.dropped += share * (self.clock.steps - used.stamp.at) * self.cfg.inner.batch
 
-    def combine(self, before: State, entry: dict[str, Any], used: Snapshot | None) -> Tensor:
+    def combine(self, before: State, entry: dict[str, Any], used: Snapshot | None, bits: Bits) -> Tensor:
         """The outer step, and the merge of theta' into the local parameters. A contribution that was not used is always
         rebased: mixing would lose it. Returns what `outer_step` does."""
-        f, bits = entry["fragment"], bits_of(self, entry)
+        f = entry["fragment"]
         theta = self.planes.theta[f]
         if used is not None and self.cfg.outer.merge == "mix":
             squares = self.outer_step(before, entry, bits)
@@ -317,7 +328,7 @@ class Trainer:
         ending = self.state.finished is not None
         if ending or (self.cfg.run.eval_every and rounds_done % self.cfg.run.eval_every == 0):
             self.evaluate()
-        if ending or rounds_done % self.cfg.ckpt.every == 0:
+        if self.in_step and (ending or rounds_done % self.cfg.ckpt.every == 0):
             self.save(entry["answers"][0]["member"] == self.links.member)
 
     def evaluate(self) -> None:

@@ -115,8 +115,9 @@ class Exchanger:
         except Cancelled:
             assert attempt.failed is not None
             outcome = attempt.failed
-            for link in attempt.silent:  # what is in its pipe is of no use any more, and another path may be open
-                link.close("given up")
+            for link in attempt.silent:
+                self.links.give_up(link)
+                self._link_ended(link, "given up")
         except Exception as error:  # a bug: the round must not wait for ever
             attempt.fail(frozenset(), f"the exchange broke: {error!r}")
             self._end(attempt, Outcome(attempt.order.attempt, None, reason=f"the exchange broke: {error!r}"))
@@ -210,6 +211,8 @@ class Exchanger:
 
     def _frame(self, link: Link, message: Message, payload: bytearray) -> None:
         attempt_id = str(message["attempt"])
+        if message["type"] == "failed" and self._accused(message):
+            self.links.retire(link)  # the peer has given it up
         with self._lock:
             attempt = self._attempts.get(attempt_id)
             if attempt is None:
@@ -217,6 +220,9 @@ class Exchanger:
                     link.keep_early(attempt_id, message, payload)
                 return
         attempt.handle(link.peer, message, payload)
+
+    def _accused(self, message: Message) -> bool:
+        return self.node.identity is not None and self.node.identity.member in message["suspects"]
 
     def _early(self, attempt: Attempt, link: Link, message: Message, payload: bytearray) -> None:
         try:

@@ -30,6 +30,8 @@ FRAME = 2 * MAX_HEADER
 """Bytes that a kept frame counts for besides its payload."""
 ARRIVAL = 5.0
 """Seconds that a further stream may come before the first one of its link."""
+FAREWELL = 3.0
+"""Seconds that a link lives on after its peer was given up, for the peer to hear so."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,21 @@ class Links:
                 raise TimeoutError(f"{peer[0]} did not connect in {timeout:.0f} s")
             return self._links[peer]
 
+    def retire(self, link: Link) -> None:
+        """No attempt gets this link any more: the next one opens another."""
+        with self._changed:
+            if self._links.get(link.peer) is link:
+                del self._links[link.peer]
+
+    def give_up(self, link: Link) -> None:
+        """What is in its pipe is of no use any more, and another path may be open. It ends only when the peer, if it is alive,
+        has heard why: of a connection that just breaks it would think that this rank is the one that is gone, and say so to
+        all others."""
+        self.retire(link)
+        timer = threading.Timer(FAREWELL, link.close, ("given up",))
+        timer.daemon = True
+        timer.start()
+
     def _dial(self, peer: Rank, endpoint: str) -> Link:
         link = Link(peer, secrets.token_hex(8), self._on_frame, self._ended)
         connection = self._connect(link, endpoint, further=False)
@@ -253,7 +270,5 @@ class Links:
         link.add(connection)
 
     def _ended(self, link: Link, reason: str) -> None:
-        with self._changed:
-            if self._links.get(link.peer) is link:
-                del self._links[link.peer]
+        self.retire(link)
         self._on_end(link, reason)

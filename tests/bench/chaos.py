@@ -1,0 +1,103 @@
+"""`python -m tests.bench.chaos [--minutes 30] [--seed 0] [--regions 4] [--gap 13] [--directory DIR]`: a run under fire.
+
+Regions in a WAN lab (root) train while a schedule drawn from the seed kills (regions, a rank, the lighthouse), freezes,
+partitions, cuts and slows them, or lets them leave and come back, at random moments and at named ones: while blocks are
+exchanged, between a result and its entry, just after an entry, while a joiner fetches. Whatever ends is started again by what
+stands for a service manager. After every journal entry all of this is checked (tests/chaos/checker.py): digests of all members,
+samples and inner steps, each once and none lost, and that rounds go on, with every region that nothing is done to.
+Ends with exit code 1 if anything was violated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.wan import Lab, load_wan
+from tests.bench._table import Row, at_least, at_most, show
+from tests.chaos.drill import Drill, dismiss, gather, write_log
+from tests.chaos.fleet import Fleet
+from tests.chaos.schedule import schedule
+from tests.e2e.cluster import SMALL
+
+LINKS = [("rtt", "40ms"), ("up", "16mbit"), ("down", "16mbit")]
+SETTINGS = [
+    *SMALL,
+    "outer.sync_every=24",
+    "outer.fragments=2",
+    "outer.max_overlap_steps=8",
+    "run.rounds=1000000",
+    "run.report_every=48",
+    "run.eval_every=50",
+    "ckpt.every=5",
+    "elastic.lease_rounds=100",
+    "elastic.stall_timeout=8",
+]
+RESTARTS_A_MINUTE = 1.0
+RESTARTS = 30
+
+
+def chaos(directory: Path, minutes: float, seed: int, regions: int, gap: float, ranks: int = 2) -> Drill:
+    """The whole of it. ranks: of the second region; the others have one."""
+    places = [chr(ord("a") + i) for i in range(regions)]
+    restarts = min(RESTARTS, max(3, round(RESTARTS_A_MINUTE * minutes)))
+    faults = schedule(seed, 60.0 * minutes, places, gap, restarts)
+    say = write_log(directory / "chaos.log", time.monotonic())
+    with Lab(load_wan("lan", LINKS, places), places, directory) as lab:
+        overrides = [*SETTINGS, f"elastic.start_regions={regions}"]
+        fleet = Fleet(lab, directory, places, [ranks if i == 1 else 1 for i in range(regions)], overrides)
+        drill = Drill(lab, fleet, seed, say)
+        gather(drill, "at the start")
+        say(f"all {regions} regions have contributed; {len(faults)} faults follow")
+        if not drill.violations:
+            drill.run(faults, 60.0 * minutes)
+            gather(drill, "at the end")
+        dismiss(drill)
+    return drill
+
+
+def rows(drill: Drill) -> list[Row]:
+    tally, checker = drill.tally, drill.watch.checker
+    rounds = len(checker.rounds)
+    found = [Row(f"faults: {kind}", count, "") for kind, count in sorted(tally.faults.items())]
+    found += [Row(f"at the moment: {moment}", count, "") for moment, count in sorted(tally.moments.items())]
+    return [
+        *found,
+        Row("faults whose moment did not come, or who met nobody", tally.missed + tally.idle, ""),
+        Row("faults", tally.all, ""),
+        at_most("of them restarts", tally.restarts, "", RESTARTS),
+        at_least("rounds a fault", rounds / max(tally.all, 1), "", 1.0),
+        Row("digests compared", checker.compared, ""),
+        Row("contributions whose inner steps were compared", checker.steps_checked, ""),
+        Row("longest time without a round", drill.rounds.longest, "s"),
+        Row("longest time until a region contributes again", max(d.longest for d in drill.places.values()), "s"),
+        at_most("violations", len(drill.violations), "", 0),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.chaos", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--regions", type=int, default=4)
+    parser.add_argument("--gap", type=float, default=13.0, help="mean seconds between two faults")
+    parser.add_argument(
+        "--directory", type=Path, help="where everything is left; default: a new one, removed if all is well"
+    )
+    arguments = parser.parse_args(argv)
+    directory = arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
+    drill = chaos(directory, arguments.minutes, arguments.seed, arguments.regions, arguments.gap)
+    found = rows(drill)
+    for text in drill.violations:
+        print(f"violation: {text}")
+    print(f"everything is left in {directory}")
+    show(f"chaos --seed {arguments.seed}", found)
+    return 0 if all(row.ok for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

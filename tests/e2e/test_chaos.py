@@ -1,0 +1,53 @@
+"""Some minutes of tests.bench.chaos, and a third of a large run that is killed at one instant."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from tests.bench.chaos import chaos
+from tests.chaos.watch import Watch
+from tests.e2e.cluster import Cluster, kill
+from tests.test_wan import needs_root
+
+MINUTES, SEED, GAP = 2.2, 4, 6.0
+"""With the start and the end, about three minutes on two cores; a schedule with every kind of fault."""
+
+
+@needs_root
+def test_nothing_that_is_done_to_a_run_harms_it(tmp_path: Path) -> None:
+    drill = chaos(tmp_path, MINUTES, SEED, regions=3, gap=GAP, ranks=1)
+    log = (tmp_path / "chaos.log").read_text()
+    assert drill.violations == [], log
+    assert drill.tally.all >= 12 and drill.tally.restarts >= 3, log
+    assert len(drill.watch.checker.rounds) >= drill.tally.all, "a commit between faults, on average"
+
+
+def test_a_third_of_the_regions_is_killed_at_one_instant(cluster: Cluster) -> None:
+    """12 regions, 4 killed: the other 8 commit the next rounds as they are, and lose no inner step."""
+    settings = ["outer.sync_every=10", "run.rounds=1000000", "ckpt.every=100", "run.eval_every=1000"]
+    settings += ["elastic.start_regions=12"]
+    regions = [cluster.start(f"r{i:02}", *settings) for i in range(12)]
+    names, gone = {region.name for region in regions}, regions[1::3]
+    left = names - {region.name for region in gone}
+    watch = Watch(cluster.run)
+
+    def rounds_of(wanted: set[str]) -> list[int]:
+        """seqs of the rounds of exactly these regions."""
+        watch.look()
+        entries = [entry for entry in map(json.loads, watch.entries) if entry["kind"] == "round"]
+        return [e["seq"] for e in entries if {a["member"].rpartition("_")[0] for a in e["answers"]} == wanted]
+
+    cluster.until(lambda: len(rounds_of(names)) >= 2, 280)
+    kill(*gone)
+    died, head = time.monotonic(), len(watch.entries)
+    cluster.until(lambda: bool(rounds_of(left)), 120)
+    seconds = time.monotonic() - died
+    cluster.until(lambda: len(rounds_of(left)) >= 3, 120)
+    after = [json.loads(data) for data in watch.entries[head:]]
+    assert {entry["kind"] for entry in after} == {"round"}, "nobody had to join again"
+    survivors = [region for region in regions if region not in gone]
+    assert all(region.process.poll() is None for region in survivors)
+    assert watch.checker.violations == [] and watch.checker.compared > 0 and watch.checker.steps_checked > 0
+    print(f"8 of 12 regions committed {seconds:.1f} s after 4 were killed")
