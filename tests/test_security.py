@@ -121,8 +121,8 @@ def test_what_is_sent_under_tls_cannot_be_read_on_the_way(make: Make, certs: Pat
     eu, us = make("eu_1", of(certs, "eu")), make("us_2", of(certs, "us"))
     real = Connection.receive_into
 
-    def watched(self: Connection, view: memoryview) -> int:
-        n = real(self, view)
+    def watched(self: Connection, view: memoryview, flags: int = 0) -> int:
+        n = real(self, view, flags)
         if threading.current_thread().name == "node-peer" and self._tls is None:
             seen.extend(view[:n])
         return n
