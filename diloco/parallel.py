@@ -169,7 +169,10 @@ def _init_process_group(device_type: str, world: int, timeout: timedelta) -> Non
     # which torch 2.13 sets no default backend and each rank warns of that when it closes.
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if world > 1:
-        return dist.init_process_group(backend, timeout=timeout)
+        # torchrun keeps its store over restarts, with the addresses of ranks that are gone: each start needs keys of its own.
+        shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        own = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+        return dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # no torchrun, no rendezvous
     dist.init_process_group(backend, rank=0, world_size=1, store=store)
 

@@ -25,6 +25,9 @@ from elastic.wire import NONSENSE, Message
 
 PACE = 1.2
 """Times the highest rate seen is how fast a rank sends: so that a link that has become faster is noticed."""
+LONG = 8
+"""Round trips that an exchange takes at least to be paced: of a shorter one the rate that is seen is mostly latency, and a
+pace of 1.2 times that would make the next one slower still."""
 REMEMBERED = 1000
 """Ended attempts whose late frames are recognized."""
 
@@ -174,18 +177,14 @@ class Exchanger:
         attempt.fail(frozenset([name] if name else []), f"the contribution of {name or 'all together'} is not finite")
 
     def _open(self, attempt: Attempt) -> None:
-        """Gets the links that the attempt needs, side by side; it talks on each as soon as it stands. Their pace is their
-        part of what this rank's uplink can carry: unpaced, a dozen streams that all look for more overfill a queue of one
-        round trip, and a tenth of what they send is lost and sent again."""
+        """Gets the links that the attempt needs, side by side; it talks on each as soon as it stands."""
         order = attempt.order
         reachable = bool(order.parties[order.me].endpoints[self.rank])
-
-        total = sum(side.outgoing for side in attempt.sides.values())
 
         def get(peer: Rank, endpoint: str) -> None:
             try:
                 link = self.links.get(peer, endpoint, reachable, self.stall)
-                link.pace(PACE * self.links.meter.up * attempt.sides[peer].outgoing / total)
+                self._pace(attempt, peer, link)
                 attempt.open(peer, link)
             except (OSError, ValueError) as error:  # ValueError: an endpoint that is none
                 attempt.fail(frozenset([peer[0]]), f"no connection to {peer[0]}: {error}")
@@ -193,6 +192,13 @@ class Exchanger:
         for peer, side in attempt.sides.items():
             endpoint = order.parties[side.member].endpoints[peer[1]]
             threading.Thread(target=get, args=(peer, endpoint), name="exchange-open", daemon=True).start()
+
+    def _pace(self, attempt: Attempt, peer: Rank, link: Link) -> None:
+        """The link gets its part of what this rank's uplink can carry: unpaced, a dozen streams that all look for more overfill
+        a queue of one round trip, and a tenth of what they send is lost and sent again."""
+        total = sum(side.outgoing for side in attempt.sides.values())
+        mine, up = attempt.sides[peer].outgoing, self.links.meter.up
+        link.pace(PACE * up * mine / total if total > LONG * link.round_trip() * up else 0.0)
 
     def _keep(self, attempt: Attempt) -> None:
         while self.keep is not None:

@@ -77,7 +77,8 @@ class Link:
         with self._lock:
             if not self.broken:
                 self.streams.append(connection)
-        self.pace(self._pace)
+        if self._pace:
+            self.pace(self._pace)
         if self.broken:
             connection.close()
             return
@@ -88,8 +89,13 @@ class Link:
         """All streams together are to send no faster than this, bytes/s; 0: as fast as they can."""
         with self._lock:
             self._pace = rate
-            for stream in self.streams if rate else ():
+            for stream in self.streams:
                 tcp.pace(stream.sock, rate / len(self.streams))
+
+    def round_trip(self) -> float:
+        """Seconds, the smallest that the kernel has seen; 0: not known."""
+        seen = [tcp.info(stream.sock) for stream in self.streams]
+        return max((one.rtt for one in seen if one is not None), default=0.0)
 
     def close(self, reason: str) -> None:
         """Ends all streams; who waits for this link hears the reason."""

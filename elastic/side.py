@@ -61,8 +61,8 @@ class Side:
 
     @property
     def outgoing(self) -> int:
-        """Chunks to send: parts, and sums of what the peer sends parts of."""
-        return len(self.parts) + self.expected
+        """Bytes to send, about: parts, and sums of what the peer sends parts of."""
+        return (len(self.parts) + self.expected) * self.chunk
 
     @property
     def early(self) -> int:

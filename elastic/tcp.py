@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-SO_MAX_PACING_RATE = 47  # <asm-generic/socket.h>
+SO_MAX_PACING_RATE, UNLIMITED = 47, (1 << 64) - 1  # <asm-generic/socket.h>
 UNSENT = 128 << 10
 """Bytes that wait in a socket for the congestion window. More would only queue what a faster stream could take, and leave
 one stream with megabytes to send when the others are done."""
@@ -87,9 +87,9 @@ def info(sock: socket.socket) -> Info | None:
 
 
 def pace(sock: socket.socket, rate: float) -> None:
-    """The stream sends no faster than this, bytes/s."""
+    """The stream sends no faster than this, bytes/s; 0: as fast as it can."""
     with contextlib.suppress(OSError):  # it is closed
-        sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", round(rate)))
+        sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", round(rate) or UNLIMITED))
 
 
 def send_buffer() -> int:

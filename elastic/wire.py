@@ -90,8 +90,8 @@ class Connection:
         return decode(data, payload, checksum if self._bare else None), payload
 
     def receive_into(self, view: memoryview, flags: int = 0) -> int:
-        """The next bytes; 0: the end of the stream. flags: of recv(), for a stream without TLS; how
-        much cipher text is to come, only a session knows. Raises WireError if they cannot be decrypted."""
+        """The next bytes; 0: the end of the stream. flags: of recv(), without TLS; with it, only the session knows
+        how many come. Raises WireError if they cannot be decrypted."""
         if self._tls is None:
             return self.sock.recv_into(view, 0, flags)
         try:

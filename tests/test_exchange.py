@@ -106,7 +106,7 @@ def test_a_rank_sends_no_faster_than_a_bit_more_than_its_uplink_was_seen_to_carr
     c = cluster((1, 1, 1), 40 * BLOCK, streams=2)
     c.start("a", range(3))
     c.assert_result("a", range(3))
-    assert not paces  # nothing is known yet
+    assert not any(paces.values())  # nothing is known yet
     ranks = [member[0].exchanger.links for member in c.members]
     assert until(lambda: all(len(link.streams) == 2 for rank in ranks for link in rank.all()))
     for rank in ranks:
@@ -119,6 +119,10 @@ def test_a_rank_sends_no_faster_than_a_bit_more_than_its_uplink_was_seen_to_carr
         [1.2e6] * 3
     )  # 1's parts and sums all go to and come from 0
     assert sorted(by_link[1]) == pytest.approx([0, 1.2e6])
+    monkeypatch.setattr(links.Link, "round_trip", lambda self: 1.0)
+    c.start("c", range(3))
+    c.assert_result("c", range(3))
+    assert not any(paces.values())  # too short to be paced
 
 
 def test_links_outlive_attempts_and_come_back(cluster: Make) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from launch.wan import HUB, Lab
-from tests.e2e.cluster import children
+from tests.e2e.cluster import children, parent
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,12 +126,6 @@ class Unit:
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-1500:] if self.log.exists() else ""
-
-
-def parent(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
 
 
 class Fleet:

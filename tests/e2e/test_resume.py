@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
-from tests.e2e.cluster import Cluster, RegionProcess
+from tests.e2e.cluster import Cluster, RegionProcess, children, parent
 
 BASE = ["outer.sync_every=8", "run.rounds=10", "inner.schedule=wsd"]
 TWO = [*BASE, "elastic.start_regions=2"]
@@ -73,3 +75,17 @@ def test_one_region_resumes_its_own_run(cluster: Cluster) -> None:
     assert state is not None and state.rounds == 10
     assert "inner state of entry" in cluster.regions[-1].text()
     assert state.ledger.applied == state.rounds * 8 * 4
+
+
+def test_torchrun_brings_a_region_back_whose_rank_was_killed(cluster: Cluster) -> None:
+    """Twice, either rank: every start's ranks find each other, not those of the start before."""
+    region = cluster.start("eu", *BASE, "run.rounds=1000000", nproc=2, env={"PET_MAX_RESTARTS": "10"})
+    for starts in range(1, 3):
+        cluster.until(lambda n=starts: len(cluster.records("eu", "run")) == n)
+        seen = cluster.rounds()
+        cluster.until(lambda n=seen: cluster.rounds() > n)
+        ranks = [pid for pid in children(region.process.pid) if parent(pid) == region.process.pid]
+        os.kill(ranks[starts % 2], signal.SIGKILL)
+    cluster.until(lambda: len(cluster.records("eu", "run")) == 3)
+    rounds = cluster.rounds()
+    cluster.until(lambda: cluster.rounds() > rounds)
