@@ -195,7 +195,7 @@ class Checker:
         """The checks that were to be made were made."""
         if self._early:
             self.wrong(f"{self._early[0][0]} reports entry {self._early[0][1]['seq']}, which is not in the journal")
-        if self.rounds and not (self.compared and self.steps_checked):
+        if len(self.rounds) > 1 and not (self.compared and self.steps_checked):
             self.wrong("nothing was compared: no two members reported on one round")
 
 

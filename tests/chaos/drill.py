@@ -20,7 +20,7 @@ from tests.chaos.fleet import Fleet, Unit
 from tests.chaos.schedule import Fault
 from tests.chaos.watch import Moments, Watch
 
-ROUND_SECONDS, PLACE_SECONDS = 60.0, 150.0
+ROUND_SECONDS, PLACE_SECONDS = 90.0, 240.0
 """Without a round of anybody; without one that holds the work of a region that no fault touches."""
 MOMENT_SECONDS = 12.0
 """How long a fault waits for its moment before it happens anyway."""
@@ -89,7 +89,7 @@ class Drill:
     def _judge(self, entries: list[dict[str, Any]], now: float) -> None:
         rounds = [entry for entry in entries if entry["kind"] == "round"]
         able = any(self.joined(unit) and not unit.frozen for unit in self.fleet.units.values())
-        self._deadline(self.rounds, bool(rounds), able or not self.watch.entries, now)
+        self._deadline(self.rounds, bool(rounds), able and bool(self.watch.checker.rounds), now)
         used = {answer["member"] for entry in rounds for answer in entry["answers"]}
         for place, unit in self.fleet.units.items():
             free = self._touched.get(place, 0.0) < now and (self.joined(unit) or now > self.fleet.dark_until)
