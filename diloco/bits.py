@@ -17,6 +17,7 @@ from diloco.fragments import digest
 from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
 from diloco.planes import Bits
+from elastic.pulse import ENTRIES
 from elastic.recovery import fetch
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _newer(trainer: Trainer, entry: dict[str, Any], reason: str) -> list[str]:
     after a little wait, which is progress."""
     control, checkpoints = trainer.links.control, trainer.links.checkpoints
     if control is not None:
-        control.alive_at = time.monotonic()
+        control.pulse.out(ENTRIES)
         if control.leaving:
             return ["leaving"]
     fragment, seq = entry["fragment"], entry["seq"]

@@ -27,7 +27,9 @@ from diloco.inner import InnerConfig
 from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
 from diloco.tracker import TrackerConfig
-from elastic.lighthouse import ElasticConfig, host_port
+from elastic.addresses import host_port, is_local
+from elastic.lighthouse import ElasticConfig
+from elastic.security import ENVIRONMENT, REGION_NAME, Security, SecurityError, choose
 from elastic.tcp import MAX_STREAMS
 
 
@@ -201,15 +203,7 @@ def validate(cfg: Config, world: int) -> None:
     tracker.validate(cfg.tracker)
     parallel.validate(cfg.parallel, world)
     inner.validate(cfg.inner, world // cfg.parallel.tp)
-    try:
-        host_port(cfg.elastic.lighthouse)
-    except ValueError as error:
-        raise ConfigError(f"elastic.lighthouse: {error}") from error
-    if cfg.elastic.gateway:
-        try:
-            host_port(cfg.elastic.gateway)
-        except ValueError as error:
-            raise ConfigError(f"elastic.gateway: {error}") from error
+    _validate_network(cfg)
     if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
         raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
     source = build_source(cfg.data)
@@ -217,8 +211,46 @@ def validate(cfg: Config, world: int) -> None:
     _validate_model(cfg, source.vocab)
 
 
+def _validate_network(cfg: Config) -> None:
+    elastic, hosts = cfg.elastic, {}
+    for key, address in {"lighthouse": elastic.lighthouse, "gateway": elastic.gateway or "127.0.0.1:0"}.items():
+        try:
+            hosts[key] = host_port(address)[0]
+        except ValueError as error:
+            raise ConfigError(f"elastic.{key}: {error}") from error
+    if elastic.host:
+        hosts["host"] = elastic.host
+    public = [key for key, host in hosts.items() if not is_local(host)]
+    if not build_security(cfg).secured and public:
+        raise ConfigError(
+            f"elastic.{public[0]}={getattr(elastic, public[0])} is not loopback, and nobody has to prove that he belongs to the "
+            f"run: set elastic.tls to a directory made by python -m launch.certs, or {ENVIRONMENT} to a secret, alike everywhere"
+        )
+
+
+def build_security(cfg: Config) -> Security:
+    """What this region's connections have to prove. Raises ConfigError."""
+    elastic = cfg.elastic
+    try:
+        security = choose(elastic.tls, elastic.secret_file, cfg.region.name)
+        name = security.check()
+    except SecurityError as error:
+        key = f"elastic.tls={elastic.tls}" if elastic.tls else "the run secret"
+        remedy = (
+            "set it to what python -m launch.certs made for this region, or make that anew"
+            if elastic.tls
+            else (f"set {ENVIRONMENT} or elastic.secret_file to the one that all regions have")
+        )
+        raise ConfigError(f"{key} cannot be used: {error}: {remedy}") from error
+    if security.tls and name != cfg.region.name:
+        raise ConfigError(
+            f"elastic.tls={elastic.tls} has the certificate of {name}, and region.name={cfg.region.name}: set one of them to fit"
+        )
+    return security
+
+
 def _validate_run(cfg: Config) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", cfg.region.name):
+    if not REGION_NAME.fullmatch(cfg.region.name):
         shown = f"region.name={cfg.region.name!r} is not a name" if cfg.region.name else "no region is named"
         raise ConfigError(
             f"{shown}: add +region=eu, +region=us or +region=asia, or region.name=NAME (letters, digits, . and -)"

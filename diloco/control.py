@@ -13,6 +13,7 @@ from diloco.fold import State
 from diloco.journal import Journal
 from elastic import rounds
 from elastic.coordinator import Coordinator
+from elastic.pulse import ENTRIES, SNAPSHOT, STEP, Pulse
 
 
 @dataclass
@@ -127,20 +128,28 @@ class Limits:
 class Control:
     """Turns the coordinator's commands and the loop's status into the next order."""
 
-    def __init__(self, coordinator: Coordinator, ledger: RunLedger, member: str, limits: Limits) -> None:
+    def __init__(
+        self, coordinator: Coordinator, ledger: RunLedger, member: str, limits: Limits, hang_timeout: float = 5.0
+    ) -> None:
         self.coordinator, self.ledger, self.member, self.limits = coordinator, ledger, member, limits
+        self.pulse = Pulse(hang_timeout)
         self.leaving = ""
         """Set by a signal handler: why this region wants to leave."""
         self.waited = 0.0
         """Seconds in which the region neither trained nor evaluated."""
-        self.alive_at = time.monotonic()
         self._told = False
         self._asks: list[rounds.Ask] = []
         self._announced: tuple[int, int, int] | None = None
         """(fragment, epoch, base) of the boundary that the coordinator knows of."""
 
     def next(self, state: State, status: Status) -> Order:
-        self.alive_at = time.monotonic()
+        self.pulse.back()
+        order = self._next(state, status)
+        self.pulse.out(ENTRIES if order.entries else SNAPSHOT if order.ask else STEP if order.step else "")
+        return order
+
+    def _next(self, state: State, status: Status) -> Order:
+        begin = time.monotonic()
         if self.leaving or state.stopped is not None:
             return Order(end=state.stopped or self.leaving)
         if self.member not in state.members:
@@ -151,7 +160,7 @@ class Control:
         self._explain(state, waiting=not busy)
         commands = self.coordinator.take(0.0 if busy else 0.5)
         if not busy:
-            self.waited += time.monotonic() - self.alive_at
+            self.waited += time.monotonic() - begin
         self._asks += commands.asks
         if commands.halt is not None:
             return Order(end=commands.halt, clean=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from elastic.exchange import Exchanger
 from elastic.memory import Pipe
 from elastic.node import Identity, Node
 from elastic.process import serve
+from elastic.security import Security
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,18 @@ class Setup:
     identity: dict[str, Any]
     host: str
     """Where it listens."""
-    gateway: str
-    dial_only: bool
     elements: Sequence[int]
     """Of every fragment."""
     block: int
     codec: dict[str, Any]
     compile: bool
     stall: float
-    streams: int
-    congestion: str
-    store: str
+    streams: int = 0
+    congestion: str = ""
+    security: dict[str, Any] = field(default_factory=dict)
+    gateway: str = ""
+    dial_only: bool = False
+    store: str = ""
     """Where the bits of a round go before it counts as held; empty: they stay here."""
 
     def message(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def main(pipe: Pipe) -> None:
     averaging = Averaging(fragments, build_codec(codec), codec.feedback_decay)
     if setup.compile:
         averaging.warm(codec.error_feedback)  # if it cannot be, the rank says so: it compiles the same
-    node = Node(setup.host)
+    node = Node(setup.host, security=Security(**setup.security))
     node.identity = identity = Identity(**setup.identity)
     exchanger = Exchanger(node, averaging, identity.rank, setup.stall, setup.streams, setup.congestion)
     if setup.store:

@@ -8,7 +8,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints
-from diloco.config import Config, store_url
+from diloco.config import Config, build_security, store_url
 from diloco.control import Control, Limits, Order, RunLedger
 from diloco.errors import ConfigError
 from diloco.exchanging import Setup, published
@@ -31,16 +30,16 @@ from diloco.parallel import on_rank_0
 from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
-from elastic.coordinator import Coordinator, Timing
-from elastic.lighthouse import LighthouseError, Membership, find_or_serve, host_port, is_local
+from elastic.addresses import host_port, is_local
+from elastic.coordinator import Coordinator
+from elastic.lighthouse import LighthouseError, Membership, find_or_serve, reach
 from elastic.memory import Pipe
 from elastic.node import Identity, Node
 from elastic.process import Exchange
+from elastic.pulse import step_aside
 from elastic.ranks import Ranks, follow
 from elastic.rounds import Rounds
-
-PATIENCE = 120.0
-"""Seconds without an order after which the main loop counts as hung and heartbeats stop."""
+from elastic.timing import Timing
 
 
 def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
@@ -76,7 +75,7 @@ def _look(cfg: Config, journal: Journal, stack: ExitStack) -> None:
 
 def _lighthouse(cfg: Config, stack: ExitStack) -> None:
     try:
-        server = find_or_serve(cfg.elastic.lighthouse)
+        server = find_or_serve(cfg.elastic.lighthouse, security=build_security(cfg), region=cfg.region.name)
     except LighthouseError as error:
         raise ConfigError(str(error)) from error
     if server is not None:
@@ -221,7 +220,7 @@ def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) 
     cfg, region, state = trainer.cfg, trainer.region, trainer.state
     member = f"{cfg.region.name}_{secrets.randbelow(10**9)}"
     member = region.broadcast_bytes(member.encode() if region.rank == 0 else None).decode()
-    node = Node(_host(cfg))
+    node = Node(_host(cfg), security=build_security(cfg))
     stack.callback(node.close)
     node.identity = Identity(state.run, canonical(dict(state.fingerprint)).decode(), member, region.rank)
     exchanger = Exchange(exchanges, partial(_lost, member))
@@ -243,6 +242,7 @@ def _setup(trainer: Trainer) -> Setup:
     return Setup(
         identity=vars(links.node.identity),
         host=_host(cfg),
+        security=asdict(links.node.security),
         gateway=elastic.gateway,
         dial_only=elastic.dial_only,
         elements=[fragment.elements for fragment in trainer.fragments],
@@ -325,13 +325,15 @@ def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside
     links.coordinator = Coordinator(links.node, ranks, ledger, machine, timing, digest)
     links.journal = journal
     limits = Limits(cfg.inner.batch, cfg.outer.max_overlap_steps, max_local_steps(cfg))
-    control = links.control = Control(links.coordinator, ledger, links.member, limits)
+    control = links.control = Control(links.coordinator, ledger, links.member, limits, cfg.elastic.hang_timeout)
+    links.coordinator.watch = partial(step_aside, links.coordinator, control.pulse)
+    entrance = stack.enter_context(reach(cfg.elastic.lighthouse, links.node.security, links.member))
     links.membership = Membership(
-        cfg.elastic.lighthouse,
+        entrance.address if entrance else cfg.elastic.lighthouse,
         links.member,
         outside,
         trainer.state.run,
-        lambda: time.monotonic() - control.alive_at < PATIENCE,
+        lambda: not control.pulse.late(),
         links.coordinator.meet,
     )
     stack.callback(links.membership.close)

@@ -20,7 +20,7 @@ from elastic.plan import cells, chunks, rank_blocks
 from elastic.side import Side
 from elastic.wire import Message, WireError
 
-CHUNK = 128 << 10
+CHUNK = 256 << 10
 """Bytes of a message, about: every stream carries one at a time, so a chunk is complete, and its sum can be on its way, after
 as many chunks as there are streams."""
 MAX_CHUNK = 64
@@ -29,6 +29,9 @@ WINDOW = 32 << 20
 """Bytes of one peer rank's parts that may be on their way or wait here for other members' parts."""
 TICK = 0.05
 """Seconds between two looks at rates and deadlines."""
+LAPSE = 1.0
+"""Seconds without a look after which this process itself was stopped, or starved: what came meanwhile is not read yet, so
+nobody's silence counts that began before."""
 
 
 class Cancelled(Exception):
@@ -59,7 +62,7 @@ class Attempt:
         """It has ended, one way or the other."""
         self.whole: deque[int] = deque()
         """Chunks of which every other member's part is there."""
-        self.begun = self._look_at = time.monotonic()
+        self.begun = self._look_at = self._looked = time.monotonic()
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -300,6 +303,10 @@ class Attempt:
 
     def _look(self) -> None:
         now = time.monotonic()
+        lapsed, self._looked = now - self._looked > LAPSE, now
+        if lapsed:
+            for side in self.sides.values():
+                side.awake = now
         if late := self._late(now):
             self.silent = [side.link for side in late if side.link is not None]
             seconds = max(now - max(self.begun, side.progress_at) for side in late)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import queue
-import random
 import threading
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from elastic.node import Node, Refused
 from elastic.order import Order, Outcome, Party
 from elastic.plan import WHOLE, ownership
 from elastic.ranks import Ranks
+from elastic.timing import Timing
 from elastic.wire import Connection, Message, WireError
 
 TICK = 0.25
@@ -58,17 +58,6 @@ class Peer:
 
 
 @dataclass
-class Timing:
-    peer_timeout: float = 5.0
-    stall_timeout: float = 30.0
-
-    def delay(self, kind: str) -> float:
-        """Seconds until an alarm of this kind."""
-        base = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0}[kind]
-        return base * (1 + random.random())
-
-
-@dataclass
 class Commands:
     """What the coordinator wants of the main loop. Taken as a whole, entries first."""
 
@@ -94,6 +83,8 @@ class Coordinator(threading.Thread):
         self.timing, self.combine = timing, combine
         self.seek: Callable[[], None] = lambda: None
         """Asks the lighthouse who is there."""
+        self.watch: Callable[[], None] = lambda: None
+        """Called between two events; keeps this thread as long as the main loop hangs."""
         self.outcomes: dict[str, list[Outcome]] = {}
         """attempt -> how it went at each rank of this region, in rank order."""
         self.rates = {"up": 0, "down": 0}
@@ -144,9 +135,13 @@ class Coordinator(threading.Thread):
                 threading.Thread(target=self._dial, args=(member, endpoint), daemon=True).start()
 
     def close(self) -> None:
-        """Says goodbye to the peers, so that they need not wait for a time-out, and ends the thread."""
+        """Ends the thread, and parts from the peers, which need not wait for a time-out then."""
         self._closing = True
         self.join(timeout=5)
+        self.part()
+
+    def part(self) -> None:
+        """Says goodbye to the peers."""
         for peer in list(self.peers.values()):
             self._send(peer.connection, {"type": "bye"})
             self.node.release(peer.connection)
@@ -164,6 +159,7 @@ class Coordinator(threading.Thread):
             raise
 
     def _step(self) -> None:
+        self.watch()
         now = time.monotonic()
         due = self._alarms[0][0] - now if self._alarms else TICK
         with suppress(queue.Empty):
@@ -327,16 +323,14 @@ class Coordinator(threading.Thread):
         """Receives on one control connection until it breaks."""
         connection.sock.settimeout(self.timing.peer_timeout)
         self._inbox.put(lambda: self._arrived(member, connection, dialler))
+        reason = "it said goodbye"
         try:
-            while True:
-                message, _ = connection.receive()
-                if message.get("type") == "bye":
-                    return
+            while (message := connection.receive()[0]).get("type") != "bye":
                 self._inbox.put(lambda m=message: self._heard(member, connection, m))
-        except (WireError, OSError):
-            pass  # gone: reported below
+        except (WireError, OSError) as error:
+            reason = f"silent for {self.timing.peer_timeout:g} s" if isinstance(error, TimeoutError) else str(error)
         finally:
-            self._inbox.put(lambda: self._lost(member, connection))
+            self._inbox.put(lambda: self._lost(member, connection, reason))
 
     def _arrived(self, member: str, connection: Connection, dialler: str) -> None:
         """When two members dialled each other at once, both keep the connection that the lower one dialled; what was
@@ -352,10 +346,11 @@ class Coordinator(threading.Thread):
         self.seek()
         self._tell_view()
 
-    def _lost(self, member: str, connection: Connection) -> None:
+    def _lost(self, member: str, connection: Connection, reason: str) -> None:
         peer = self.peers.get(member)
         if peer is None or peer.connection is not connection:
             return
+        print(f"peer {member}: gone, {reason}", flush=True)
         del self.peers[member]
         self.seek()
         self._tell_view()

@@ -23,6 +23,11 @@ from elastic.order import Arithmetic, Contribution, Key, Order, Outcome
 from elastic.plan import NotFinite
 from elastic.wire import NONSENSE, Message
 
+PACE = 1.2
+"""Times the highest rate seen is how fast a rank sends: so that a link that has become faster is noticed."""
+LONG = 8
+"""Round trips that an exchange takes at least to be paced: of a shorter one the rate that is seen is mostly latency, and a
+pace of 1.2 times that would make the next one slower still."""
 REMEMBERED = 1000
 """Ended attempts whose late frames are recognized."""
 
@@ -113,8 +118,9 @@ class Exchanger:
         except Cancelled:
             assert attempt.failed is not None
             outcome = attempt.failed
-            for link in attempt.silent:  # what is in its pipe is of no use any more, and another path may be open
-                link.close("given up")
+            for link in attempt.silent:
+                self.links.give_up(link)
+                self._link_ended(link, "given up")
         except Exception as error:  # a bug: the round must not wait for ever
             attempt.fail(frozenset(), f"the exchange broke: {error!r}")
             self._end(attempt, Outcome(attempt.order.attempt, None, reason=f"the exchange broke: {error!r}"))
@@ -177,13 +183,22 @@ class Exchanger:
 
         def get(peer: Rank, endpoint: str) -> None:
             try:
-                attempt.open(peer, self.links.get(peer, endpoint, reachable, self.stall))
+                link = self.links.get(peer, endpoint, reachable, self.stall)
+                self._pace(attempt, peer, link)
+                attempt.open(peer, link)
             except (OSError, ValueError) as error:  # ValueError: an endpoint that is none
                 attempt.fail(frozenset([peer[0]]), f"no connection to {peer[0]}: {error}")
 
         for peer, side in attempt.sides.items():
             endpoint = order.parties[side.member].endpoints[peer[1]]
             threading.Thread(target=get, args=(peer, endpoint), name="exchange-open", daemon=True).start()
+
+    def _pace(self, attempt: Attempt, peer: Rank, link: Link) -> None:
+        """The link gets its part of what this rank's uplink can carry: unpaced, a dozen streams that all look for more overfill
+        a queue of one round trip, and a tenth of what they send is lost and sent again."""
+        total = sum(side.outgoing for side in attempt.sides.values())
+        mine, up = attempt.sides[peer].outgoing, self.links.meter.up
+        link.pace(PACE * up * mine / total if total > LONG * link.round_trip() * up else 0.0)
 
     def _keep(self, attempt: Attempt) -> None:
         while self.keep is not None:
@@ -202,6 +217,8 @@ class Exchanger:
 
     def _frame(self, link: Link, message: Message, payload: bytearray) -> None:
         attempt_id = str(message["attempt"])
+        if message["type"] == "failed" and self._accused(message):
+            self.links.retire(link)  # the peer has given it up
         with self._lock:
             attempt = self._attempts.get(attempt_id)
             if attempt is None:
@@ -209,6 +226,9 @@ class Exchanger:
                     link.keep_early(attempt_id, message, payload)
                 return
         attempt.handle(link.peer, message, payload)
+
+    def _accused(self, message: Message) -> bool:
+        return self.node.identity is not None and self.node.identity.member in message["suspects"]
 
     def _early(self, attempt: Attempt, link: Link, message: Message, payload: bytearray) -> None:
         try:

@@ -9,69 +9,57 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import socket
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from elastic.lighthouse import host_port
-from elastic.node import HANDSHAKE_TIMEOUT
+from elastic.addresses import add_security, host_port, security_of
+from elastic.door import Door
+from elastic.handshake import HANDSHAKE_TIMEOUT, refusal
+from elastic.security import OPEN, Security
 from elastic.tcp import keep_alive
-from elastic.wire import Connection, Message
-
-PIECE = 1 << 18
-"""Bytes copied at a time."""
+from elastic.tunnel import WELCOME, join
+from elastic.wire import NONSENSE, Connection, Message
 
 
 class Gateway:
-    """Listens on `host`:`port`; 0: any free one."""
+    """Listens on `host`:`port`; 0: any free one. It trusts certificates or the run secret, and sees nothing of what callers
+    and ranks then say under TLS."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, security: Security = OPEN) -> None:
         self._ranks: dict[str, Connection] = {}
         self._calls: dict[str, tuple[threading.Event, list[Connection]]] = {}
         self._lock = threading.Lock()
-        self._server = socket.create_server((host, port), backlog=256)
-        self.endpoint = f"{host}:{self._server.getsockname()[1]}"
-
-    def serve(self) -> None:
-        """Until `close`."""
-        while self._server.fileno() >= 0:
-            try:
-                connection = Connection(self._server.accept()[0])
-                keep_alive(connection.sock)
-                threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
-            except (OSError, RuntimeError):
-                time.sleep(0.05)  # closed; or there are too many files or threads: that passes
+        self._door = Door(host, port, security, self._arrived)
+        self.endpoint = f"{host}:{self._door.port}"
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
+        self._door.close()
 
-    def _greet(self, connection: Connection) -> None:
+    def _arrived(self, connection: Connection, hello: Message) -> None:
         try:
-            connection.sock.settimeout(HANDSHAKE_TIMEOUT)
-            hello = connection.receive_hello()
-            connection.sock.settimeout(None)
-            if hello.get("type") == "register":
-                self._register(connection, str(hello["name"]))
-            elif hello.get("type") == "answer":
+            keep_alive(connection.sock)
+            if hello.get("purpose") == "register":
+                self._register(connection, str(hello["name"]), str(hello.get("member")))
+            elif hello.get("purpose") == "answer":
                 self._answer(connection, str(hello["call"]))
                 return  # the caller's thread has it now
             else:
                 self._put_through(connection, hello)
-        except (OSError, KeyError):
+        except (OSError, *NONSENSE):
             pass  # whoever it was notices
         connection.close()
 
-    def _register(self, connection: Connection, name: str) -> None:
+    def _register(self, connection: Connection, name: str, member: str) -> None:
         """Holds a rank's registration until it hangs up."""
+        if not name.startswith(f"{member}."):  # a member has proved who it is, as far as that is proved here
+            connection.send(refusal(f"{member[:100]} may not be called {name[:100]}"))
+            return
         with self._lock:
             self._ranks[name] = connection
         try:
-            connection.send({"type": "registered"})
+            connection.send(WELCOME)
             connection.receive()  # it says nothing more: this ends with the connection
         finally:
             with self._lock:
@@ -81,6 +69,7 @@ class Gateway:
     def _answer(self, connection: Connection, call: str) -> None:
         with self._lock:
             called, answers = self._calls[call]
+        connection.send(WELCOME)
         answers.append(connection)
         called.set()
 
@@ -89,7 +78,7 @@ class Gateway:
         with self._lock:
             rank = self._ranks.get(name)
         if rank is None:
-            caller.send({"type": "refused", "reason": f"no rank {name[:100]} is registered at this gateway"})
+            caller.send(refusal(f"no rank {name[:100]} is registered at this gateway"))
             return
         call, called, answers = secrets.token_hex(8), threading.Event(), list[Connection]()
         with self._lock:
@@ -101,37 +90,28 @@ class Gateway:
         finally:
             with self._lock:
                 del self._calls[call]
-        answers[0].send(hello)
-        back = threading.Thread(target=copy, args=(answers[0].sock, caller.sock), daemon=True)
-        back.start()
-        copy(caller.sock, answers[0].sock)
-        back.join()
-        answers[0].close()
-
-
-def copy(source: socket.socket, target: socket.socket) -> None:
-    """Bytes as they come, to the end of the stream; then both sides learn of the end."""
-    buffer = memoryview(bytearray(PIECE))
-    with suppress(OSError):
-        while n := source.recv_into(buffer):
-            target.sendall(buffer[:n])
-    for sock in (source, target):
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+        caller.send(WELCOME)
+        join(Connection(caller.sock), Connection(answers[0].sock))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elastic.gateway", description=__doc__)
     parser.add_argument("--bind", default="0.0.0.0:29600", help="HOST:PORT")
-    bind = parser.parse_args(argv).bind
+    add_security(parser)
+    options = parser.parse_args(argv)
     try:
-        gateway = Gateway(*host_port(bind))
-    except (OSError, ValueError) as error:
-        print(f"--bind {bind} cannot be used ({error}): name a free HOST:PORT of this machine", file=sys.stderr)
+        host, port = host_port(options.bind)
+        gateway = Gateway(host, port, security_of(options, "gateway"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"--bind {options.bind} cannot be used ({error}): name a free HOST:PORT of this machine", file=sys.stderr)
         return 2
     print(f"gateway {gateway.endpoint}", flush=True)
     with suppress(KeyboardInterrupt):
-        gateway.serve()
+        threading.Event().wait()
+    gateway.close()
     return 0
 
 

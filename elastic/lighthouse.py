@@ -1,7 +1,8 @@
 """torchft's lighthouse: discovery and failure detection. Soft state: it may vanish or restart without harm.
 
-`python -m elastic.lighthouse [--bind 127.0.0.1:29510]` runs one and prints its address. It has no authentication of its
-own: bind it to loopback, or to a network that only the run's members reach.
+`python -m elastic.lighthouse --bind HOST:PORT [--tls DIR]` runs one and prints its address. It asks nobody who he is, and lets
+anybody kill a member. So with TLS or a run secret the lighthouse itself is on loopback, and what listens on HOST:PORT is the
+end of a tunnel (`elastic.tunnel`); regions bring the other end with them.
 """
 
 from __future__ import annotations
@@ -10,15 +11,22 @@ import argparse
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 os.environ.setdefault("RUST_LOG", "error")  # it logs every member's data otherwise; read when torchft is imported
 
 from torchft.coordination import LighthouseClient, LighthouseServer, QuorumMember
+
+from elastic.addresses import add_security, host_port, is_local, security_of
+from elastic.handshake import Refused
+from elastic.security import OPEN, Security
+from elastic.tunnel import Entrance, Exit
 
 HEARTBEAT_TIMEOUT = 5.0
 """Seconds without a heartbeat after which the lighthouse takes a region for dead."""
@@ -45,6 +53,9 @@ class ElasticConfig:
     """Seconds of silence on a control connection after which a peer is given up."""
     stall_timeout: float = 30.0
     """Seconds of silence after which a peer in an exchange is given up, at most: once its rate is known, by that."""
+    hang_timeout: float = 5.0
+    """Seconds after which a region whose main loop does not come back from an inner step leaves the others, at least: four times
+    what a step takes, if that is more."""
     streams: int = 0
     """TCP streams per pair of ranks; 0: as many as the round trip and the rate ask for."""
     congestion: str = "bbr"
@@ -54,31 +65,46 @@ class ElasticConfig:
     """HOST:PORT of an `elastic.gateway` through which other regions reach this one's ranks; empty: directly."""
     dial_only: bool = False
     """Nobody can dial this region's ranks: they dial the others. Two such regions cannot meet without a gateway."""
+    tls: str | list[str] = ""
+    """A directory made by launch.certs, with this region's certificate, or the paths [authority, certificate, key, revocation
+    list]; empty: no TLS."""
+    secret_file: str = ""
+    """Without TLS: a file with the run secret; empty: the environment variable DILOCO_SECRET. Needed unless everything is on
+    loopback."""
 
 
-def host_port(address: str) -> tuple[str, int]:
-    """Raises ValueError on anything but http://HOST:PORT or HOST:PORT."""
-    host, _, port = address.removeprefix("http://").rstrip("/").rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not http://HOST:PORT")
-    return host, int(port)
+class Lighthouse:
+    """One that runs: at `host`:`port` (0: any free one), or behind a tunnel that ends there. Raises RuntimeError or OSError if
+    the port is taken."""
+
+    def __init__(self, host: str, port: int, security: Security = OPEN) -> None:
+        secured = security.secured
+        self._server = LighthouseServer(
+            bind="127.0.0.1:0" if secured else f"{host}:{port}",
+            min_replicas=1,
+            join_timeout_ms=1000,  # None would mean 100 ms, too short to meet anybody
+            quorum_tick_ms=50,
+            heartbeat_timeout_ms=int(HEARTBEAT_TIMEOUT * 1000),
+        )
+        own = host_port(self._server.address())[1]
+        self._exit: Exit | None = None
+        try:
+            self._exit = Exit(host, port, security, own) if secured else None
+        except BaseException:
+            self._server.shutdown()
+            raise
+        self.address = f"http://{host}:{self._exit.port if self._exit else own}"
+
+    def shutdown(self) -> None:
+        if self._exit is not None:
+            self._exit.close()
+        self._server.shutdown()
 
 
-def is_local(host: str) -> bool:
-    """This machine's loopback."""
-    return host == "localhost" or host.startswith("127.") or host in ("::1", "[::1]")
-
-
-def serve(host: str, port: int) -> tuple[LighthouseServer, str]:
-    """Starts a lighthouse. Returns it and its address. Raises RuntimeError if the port is taken."""
-    server = LighthouseServer(
-        bind=f"{host}:{port}",
-        min_replicas=1,
-        join_timeout_ms=1000,  # None would mean 100 ms, too short to meet anybody
-        quorum_tick_ms=50,
-        heartbeat_timeout_ms=int(HEARTBEAT_TIMEOUT * 1000),
-    )
-    return server, f"http://{host}:{host_port(server.address())[1]}"
+def reach(address: str, security: Security, member: str) -> AbstractContextManager[Entrance | None]:
+    """What makes the lighthouse at `address` reachable as long as it is open: a tunnel's local end; None if it is reached
+    directly."""
+    return Entrance(*host_port(address), security, member) if security.secured else nullcontext()
 
 
 def connect(address: str, timeout: float = 2.0) -> LighthouseClient:
@@ -99,31 +125,44 @@ class LighthouseError(RuntimeError):
     """The lighthouse cannot be reached or started; one sentence."""
 
 
-def find_or_serve(address: str, wait: float = 5.0) -> LighthouseServer | None:
+def find_or_serve(address: str, wait: float = 5.0, security: Security = OPEN, region: str = "") -> Lighthouse | None:
     """Makes sure that a lighthouse answers at `address`, starting one if the host is this machine's loopback. Returns
-    the server if this call started it. Raises LighthouseError."""
+    the lighthouse if this call started it. Raises LighthouseError."""
     host, port = host_port(address)
     deadline = time.monotonic() + wait
-    while True:
-        taken = answers(host, port)
-        try:
-            if taken:
-                connect(f"http://{host}:{port}").heartbeat("probe_0", timeout=timedelta(seconds=2))
-                return None
-            if is_local(host):
-                return serve(host, port)[0]
-        except (RuntimeError, TimeoutError) as error:
-            if time.monotonic() > deadline:
-                what = "something that is not a lighthouse answers there" if taken else str(error)
+    with reach(address, security, f"{region}_0") as entrance:
+        while True:
+            taken = answers(host, port)
+            try:
+                if taken:
+                    _probe(address, entrance)
+                    return None
+                if is_local(host):
+                    return Lighthouse(host, port, security)
+            except Refused as error:
                 raise LighthouseError(
-                    f"elastic.lighthouse={address} cannot be used: {what}; name another port"
+                    f"elastic.lighthouse={address} cannot be used: {error}; use TLS, or the run secret, alike everywhere"
                 ) from None
-        if not is_local(host) and time.monotonic() > deadline:
-            raise LighthouseError(
-                f"elastic.lighthouse={address} does not answer: start one there with "
-                f"`python -m elastic.lighthouse --bind {host}:{port}`, or name the address of the one that runs"
-            )
-        time.sleep(0.2)
+            except (RuntimeError, OSError) as error:  # TimeoutError among them
+                if time.monotonic() > deadline:
+                    what = "something that is not a lighthouse answers there" if taken else str(error)
+                    raise LighthouseError(
+                        f"elastic.lighthouse={address} cannot be used: {what}; name another port"
+                    ) from None
+            if not is_local(host) and time.monotonic() > deadline:
+                raise LighthouseError(
+                    f"elastic.lighthouse={address} does not answer: start one there with "
+                    f"`python -m elastic.lighthouse --bind {host}:{port}`, or name the address of the one that runs"
+                )
+            time.sleep(0.2)
+
+
+def _probe(address: str, entrance: Entrance | None) -> None:
+    """Raises RuntimeError or OSError unless a lighthouse answers."""
+    if entrance is not None:
+        entrance.knock().close()
+        address = entrance.address
+    connect(address).heartbeat("probe_0", timeout=timedelta(seconds=2))
 
 
 Found = Callable[[dict[str, str]], None]
@@ -188,18 +227,29 @@ class Membership:
         return member.replica_id != self.member and (member.data or {}).get("run") == self.run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elastic.lighthouse", description=__doc__)
     parser.add_argument("--bind", default="127.0.0.1:29510", help="HOST:PORT; port 0 picks a free one")
-    host, port = host_port(parser.parse_args().bind)
-    server, address = serve(host, port)
-    print(f"lighthouse {address}", flush=True)
+    add_security(parser)
+    options = parser.parse_args(argv)
+    try:
+        host, port = host_port(options.bind)
+        lighthouse = Lighthouse(host, port, security_of(options, "lighthouse"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        said = " ".join(str(error).split())
+        print(f"--bind {options.bind} cannot be used ({said}): name a free HOST:PORT of this machine", file=sys.stderr)
+        return 2
+    print(f"lighthouse {lighthouse.address}", flush=True)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
     done.wait()
-    server.shutdown()
+    lighthouse.shutdown()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

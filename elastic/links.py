@@ -30,6 +30,8 @@ FRAME = 2 * MAX_HEADER
 """Bytes that a kept frame counts for besides its payload."""
 ARRIVAL = 5.0
 """Seconds that a further stream may come before the first one of its link."""
+FAREWELL = 3.0
+"""Seconds that a link lives on after its peer was given up, for the peer to hear so."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Link:
         self.newest = 0.0
         """When the newest attempt began of those that frames came for."""
         self.broken = ""
+        self._pace = 0.0
+        """Bytes/s at most; 0: no limit."""
         self.wanted = 1
         """Streams that were dialled, or are being."""
         self.early: OrderedDict[str, list[tuple[Message, bytearray]]] = OrderedDict()
@@ -73,11 +77,25 @@ class Link:
         with self._lock:
             if not self.broken:
                 self.streams.append(connection)
+        if self._pace:
+            self.pace(self._pace)
         if self.broken:
             connection.close()
             return
         threading.Thread(target=self._send, args=(connection,), name="link-send", daemon=True).start()
         self._receive(connection)
+
+    def pace(self, rate: float) -> None:
+        """All streams together are to send no faster than this, bytes/s; 0: as fast as they can."""
+        with self._lock:
+            self._pace = rate
+            for stream in self.streams:
+                tcp.pace(stream.sock, rate / len(self.streams))
+
+    def round_trip(self) -> float:
+        """Seconds, the smallest that the kernel has seen; 0: not known."""
+        seen = [tcp.info(stream.sock) for stream in self.streams]
+        return max((one.rtt for one in seen if one is not None), default=0.0)
 
     def close(self, reason: str) -> None:
         """Ends all streams; who waits for this link hears the reason."""
@@ -183,6 +201,21 @@ class Links:
                 raise TimeoutError(f"{peer[0]} did not connect in {timeout:.0f} s")
             return self._links[peer]
 
+    def retire(self, link: Link) -> None:
+        """No attempt gets this link any more: the next one opens another."""
+        with self._changed:
+            if self._links.get(link.peer) is link:
+                del self._links[link.peer]
+
+    def give_up(self, link: Link) -> None:
+        """What is in its pipe is of no use any more, and another path may be open. It ends only when the peer, if it is alive,
+        has heard why: of a connection that just breaks it would think that this rank is the one that is gone, and say so to
+        all others."""
+        self.retire(link)
+        timer = threading.Timer(FAREWELL, link.close, ("given up",))
+        timer.daemon = True
+        timer.start()
+
     def _dial(self, peer: Rank, endpoint: str) -> Link:
         link = Link(peer, secrets.token_hex(8), self._on_frame, self._ended)
         connection = self._connect(link, endpoint, further=False)
@@ -243,7 +276,5 @@ class Links:
         link.add(connection)
 
     def _ended(self, link: Link, reason: str) -> None:
-        with self._changed:
-            if self._links.get(link.peer) is link:
-                del self._links[link.peer]
+        self.retire(link)
         self._on_end(link, reason)

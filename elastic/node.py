@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,15 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from elastic.door import Door
+from elastic.handshake import HANDSHAKE_TIMEOUT, Line, Refused, dial, drive, receive_hello, refusal
+from elastic.security import OPEN, Security
 from elastic.tcp import keep_alive
 from elastic.wire import NONSENSE, Connection, Message, WireError
-
-HANDSHAKE_TIMEOUT = 10.0
-"""Seconds for a dialled peer to answer the hello."""
-
-
-class Refused(ConnectionError):
-    """The peer, or this side, refused the other's hello: the two do not belong to the same run."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +46,29 @@ class Node:
     """Accepts connections on one port and hands each, by the purpose its hello names, to a handler in a thread of its
     own. A handler returns when the connection has served; the node closes it."""
 
-    def __init__(self, host: str, port: int = 0) -> None:
+    def __init__(self, host: str, port: int = 0, security: Security = OPEN) -> None:
         self.identity: Identity | None = None
         self.handlers: dict[str, Handler] = {}
-        self.refusals = 0
-        """Connections dropped because their hello was not of this run, or a frame was none or made no sense."""
-        self.refusal = ""
-        """Why the last hello was refused."""
+        self.security = security
         self._open: set[Connection] = set()
         self._closed = False
-        self._server = socket.create_server((host, port), backlog=128)
-        self.endpoint = f"{host}:{self._server.getsockname()[1]}"
-        threading.Thread(target=self._accept, name="node", daemon=True).start()
+        self._door = Door(host, port, security, self._arrived)
+        self.endpoint = f"{host}:{self._door.port}"
+
+    @property
+    def refusals(self) -> int:
+        """Connections dropped because they proved nothing, their hello was not of this run, or a frame was none or made no
+        sense."""
+        return self._door.refusals
+
+    @refusals.setter
+    def refusals(self, count: int) -> None:
+        self._door.refusals = count
+
+    @property
+    def refusal(self) -> str:
+        """Why the last one was refused."""
+        return self._door.refusal
 
     def dial(
         self, endpoint: str, purpose: str, timeout: float | None = None, **more: Any
@@ -72,33 +78,38 @@ class Node:
         assert self.identity is not None
         if not endpoint:
             raise ConnectionError("a rank that can only dial out was to be dialled")
-        connection, name = _connect(endpoint)
-        try:
-            connection.send(self.identity.hello(purpose, **more, **({"to": name} if name else {})))
-            hello = connection.receive_hello()
-            if hello.get("type") != "hello":
-                raise Refused(str(hello.get("reason", "no hello"))[:1200])
-            if reason := self.identity.mismatch(hello):
-                raise Refused(reason)
-        except BaseException:
+        hello = self.identity.hello(purpose, **more)
+        connection, answer = dial(endpoint, hello, self.security, HANDSHAKE_TIMEOUT)
+        if reason := self.identity.mismatch(answer):
             connection.close()
-            raise
+            raise Refused(reason)
         connection.sock.settimeout(timeout)
         self._open.add(connection)
         if self._closed:
             self.release(connection)
             raise ConnectionAbortedError("this node is closed")
-        return connection, hello
+        return connection, answer
 
     def register(self, gateway: str, name: str) -> str:
-        """Stays registered at a gateway (host:port) from now on. Returns the endpoint under which others reach this rank.
-        Raises OSError if the gateway does not answer now."""
-        connection = _register(gateway, name)
-        self._open.add(connection)
+        """Stays registered at a gateway (host:port) from now on; `name` begins with the member id. Returns the endpoint under
+        which others reach this rank. Raises OSError if the gateway does not answer now."""
+        connection = self._register(gateway, name)
         threading.Thread(
             target=self._answer_calls, args=(connection, gateway, name), name="gateway", daemon=True
         ).start()
         return f"{gateway}/{name}"
+
+    def _register(self, gateway: str, name: str) -> Connection:
+        connection = self._ask_gateway(gateway, "register", name=name)
+        keep_alive(connection.sock)
+        self._open.add(connection)
+        return connection
+
+    def _ask_gateway(self, gateway: str, purpose: str, **more: str) -> Connection:
+        """Who has proved to be of the run need not tell a gateway which it is."""
+        assert self.identity is not None
+        hello = {"type": "hello", "purpose": purpose, "member": self.identity.member, **more}
+        return dial(gateway, hello, self.security, HANDSHAKE_TIMEOUT)[0]
 
     def _answer_calls(self, connection: Connection, gateway: str, name: str) -> None:
         while not self._closed:
@@ -114,17 +125,27 @@ class Node:
             registered = False
             while not self._closed and not registered:
                 try:
-                    connection, registered = _register(gateway, name), True
-                    self._open.add(connection)
+                    connection, registered = self._register(gateway, name), True
                 except OSError:
                     time.sleep(1.0)
 
     def _answer(self, gateway: str, call: str) -> None:
-        """Who calls is served like one that dialled this rank."""
+        """Who calls is served like one that dialled this rank: from here on the gateway only copies."""
         with contextlib.suppress(OSError):  # the gateway, or the caller, is gone
-            connection, _ = _connect(gateway)
-            connection.send({"type": "answer", "call": call})
-            self.attend(connection, partial(self._serve, connection))
+            connection = self._ask_gateway(gateway, "answer", call=call)
+            self._open.add(connection)
+            line = Line(self.security)
+            try:
+                steps = receive_hello(line)
+                hello = drive(connection.sock, steps, time.monotonic() + HANDSHAKE_TIMEOUT)
+                connection.sock.settimeout(None)
+            except OSError as error:
+                if isinstance(error, Refused):
+                    self._door.refuse(f"{gateway}: {error}")
+                return connection.close()
+            finally:
+                self._open.discard(connection)
+            self._arrived(line.connection(connection.sock), hello)
 
     def release(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -132,23 +153,9 @@ class Node:
 
     def close(self) -> None:
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
+        self._door.close()
         for connection in list(self._open):
             self.release(connection)
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection = Connection(self._server.accept()[0])
-                serve = partial(self._serve, connection)
-                threading.Thread(target=self.attend, args=(connection, serve), name="node-peer", daemon=True).start()
-            except (
-                OSError,
-                RuntimeError,
-            ):  # closed; or too many files or threads, or a peer that was gone again: it passes
-                time.sleep(0.05)
 
     def attend(self, connection: Connection, serve: Callable[[], None]) -> None:
         """Runs `serve`, which lives as long as the connection, and releases it. What came that is no frame, or makes no
@@ -165,9 +172,11 @@ class Node:
         finally:
             self.release(connection)
 
-    def _serve(self, connection: Connection) -> None:
+    def _arrived(self, connection: Connection, hello: Message) -> None:
+        self.attend(connection, partial(self._serve, connection, hello))
+
+    def _serve(self, connection: Connection, hello: Message) -> None:
         connection.sock.settimeout(HANDSHAKE_TIMEOUT)
-        hello = connection.receive_hello()
         if not self._closed and (handler := self._greet(connection, hello)):
             connection.sock.settimeout(None)
             handler(connection, hello)
@@ -175,35 +184,11 @@ class Node:
     def _greet(self, connection: Connection, hello: Message) -> Handler | None:
         handler = self.handlers.get(str(hello.get("purpose")))
         if self.identity is None or handler is None:
-            connection.send({"type": "refused", "reason": "not ready"})
+            connection.send(refusal("not ready"))
         elif reason := self.identity.mismatch(hello):
-            self.refusals += 1
-            if reason != self.refusal:
-                print(f"refused a connection: {reason}", flush=True)
-            self.refusal = reason
-            connection.send({"type": "refused", "reason": reason})
+            self._door.refuse(reason)
+            connection.send(refusal(reason))
         else:
             connection.send(self.identity.hello("reply"))
             return handler
         return None
-
-
-def _connect(endpoint: str) -> tuple[Connection, str]:
-    """A connection to `host:port` or `host:port/name`, and the name that the hello has to give to the gateway there."""
-    address, _, name = endpoint.partition("/")
-    host, _, port = address.rpartition(":")
-    return Connection(socket.create_connection((host, int(port)), HANDSHAKE_TIMEOUT)), name
-
-
-def _register(gateway: str, name: str) -> Connection:
-    connection, _ = _connect(gateway)
-    try:
-        connection.send({"type": "register", "name": name})
-        if connection.receive_hello().get("type") != "registered":
-            raise ConnectionError(f"{gateway} is no gateway")
-        connection.sock.settimeout(None)
-        keep_alive(connection.sock)
-        return connection
-    except BaseException:
-        connection.close()
-        raise

@@ -10,7 +10,7 @@ CHUNK = 4
 """Blocks that are worked on, or fetched, at a time: 256 Ki elements of the standard block."""
 WHOLE = 1 << 20
 """What ownership shares add up to."""
-ALIKE = 0.88
+ALIKE = 0.8
 """Rates from this part of the highest on count as equal to it: a share reacts to a difference of rates several times as
 strongly, so taking measuring noise for one costs more than it brings."""
 

@@ -49,6 +49,8 @@ class Side:
     unsent: int = 0
     """Parcels that are with the link."""
     allowed_at: float = 0.0
+    awake: float = 0.0
+    """Since when this process has been able to hear."""
     progress_at: float = 0.0
     """When a frame of this attempt came last; 0: none yet."""
     moved_at: float = 0.0
@@ -56,6 +58,11 @@ class Side:
     link: Link | None = None
     waiting: list[Parcel] = field(default_factory=list)
     """What there is to send before the link stands."""
+
+    @property
+    def outgoing(self) -> int:
+        """Bytes to send, about: parts, and sums of what the peer sends parts of."""
+        return (len(self.parts) + self.expected) * self.chunk
 
     @property
     def early(self) -> int:
@@ -104,7 +111,7 @@ class Side:
     def late(self, now: float, patience: float) -> bool:
         """Whether the peer, which owes us something, has been silent for longer than `patience`; or, for much longer, in this
         attempt, although it has turned to later ones."""
-        since = max(self.begun, self.allowed_at)
+        since = max(self.begun, self.allowed_at, self.awake)
         if self.link is None:
             return now - since > patience + self.stall
         passed_over = self.link.newest > self.begun and now - max(since, self.progress_at) > STUCK * self.stall
@@ -112,7 +119,7 @@ class Side:
 
     def blocked(self, now: float) -> bool:
         """Whether the peer has not taken anything for the stall time, with something to take."""
-        return bool(self.unsent) and now - max(self.begun, self.moved_at) > self.stall
+        return bool(self.unsent) and now - max(self.begun, self.moved_at, self.awake) > self.stall
 
     @property
     def owes_parts(self) -> bool:

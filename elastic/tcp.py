@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+SO_MAX_PACING_RATE, UNLIMITED = 47, (1 << 64) - 1  # <asm-generic/socket.h>
 UNSENT = 128 << 10
 """Bytes that wait in a socket for the congestion window. More would only queue what a faster stream could take, and leave
 one stream with megabytes to send when the others are done."""
@@ -31,7 +32,7 @@ SHORTEST = 0.3
 """Of an exchange that ends before that, this at least."""
 LEAST = 1 << 19
 """Bytes below which what was measured is latency, not a rate."""
-FADE = 0.8
+FADE = 0.9
 """What is left of an older rate when a newer measurement is lower."""
 
 
@@ -56,8 +57,9 @@ def keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-FIELDS = {"snd_mss": 16, "rcv_mss": 20, "min_rtt": 148, "data_segs_in": 152, "delivered": 192}
-"""Offsets of 32-bit fields in struct tcp_info of <linux/tcp.h>."""
+FIELDS = struct.Struct("=120xQQ12xI")
+"""bytes_acked, bytes_received and min_rtt in struct tcp_info of <linux/tcp.h>. The counters of segments say too little of
+bytes where segments are large and travel several at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Info:
     rtt: float
     """The smallest seen, s."""
     sent: int
-    """Bytes that the peer's kernel has, also out of order: a lost packet does not hold up the count of the later ones."""
+    """Bytes that the peer's kernel has, up to the first one that is missing."""
     received: int
     """The same of what came here."""
 
@@ -78,11 +80,16 @@ def info(sock: socket.socket) -> Info | None:
         data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     except (OSError, AttributeError):
         return None
-    if len(data) < 196:
+    if len(data) < FIELDS.size:
         return None
-    field = {name: struct.unpack_from("=I", data, at)[0] for name, at in FIELDS.items()}
-    sent, received = field["delivered"] * field["snd_mss"], field["data_segs_in"] * field["rcv_mss"]
-    return Info(field["min_rtt"] / 1e6, sent, received)
+    sent, received, rtt = FIELDS.unpack_from(data)
+    return Info(rtt / 1e6, sent, received)
+
+
+def pace(sock: socket.socket, rate: float) -> None:
+    """The stream sends no faster than this, bytes/s; 0: as fast as it can."""
+    with contextlib.suppress(OSError):  # it is closed
+        sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", round(rate) or UNLIMITED))
 
 
 def send_buffer() -> int:

@@ -106,6 +106,11 @@ class WanConfig:
         given = self.pairs.get(f"{a}-{b}", self.pairs.get(f"{b}-{a}", {}))
         return {key: given.get(key, getattr(self, key)) for key in PAIR}
 
+    @property
+    def loses(self) -> bool:
+        """Packets are lost at random, anywhere."""
+        return self.loss > 0 or any(pair.get("loss") for pair in self.pairs.values())
+
     def limit(self, region: str, names: Sequence[str], rate: float) -> float:
         """Seconds that a packet may wait for one of the region's links, at this rate."""
         if self.queue_bytes:
@@ -168,22 +173,23 @@ class Path:
         name = f"{config.seed} {source} {target}"
         self._losses, self._jitters = random.Random(f"loss {name}"), random.Random(f"jitter {name}")
 
-    def send(self, now: float, size: int) -> float | None:
-        """When a packet that comes at `now` reaches the far downlink; None: it does not. Call it in order of `now`."""
+    def send(self, now: float, size: int, packets: int = 1) -> float | None:
+        """When a packet, or some that stay together, of `size` bytes that comes at `now` reaches the far downlink; None: it
+        does not. Call it in order of `now`."""
         counts = self.counts
         if self.cut:
-            counts.cut += 1
+            counts.cut += packets
             return None
         departed = self.up.depart(now, size)
         if departed is not None and self.cap is not None:
             departed = self.cap.depart(departed, size)
         if departed is None:
-            counts.dropped += 1
+            counts.dropped += packets
             return None
-        counts.sent += 1
+        counts.sent += packets
         counts.sent_bytes += size
         if self.loss and self._losses.random() < self.loss:
-            counts.lost += 1
+            counts.lost += packets
             return None
         arrival = departed + self.delay
         if self.jitter:
@@ -191,17 +197,17 @@ class Path:
             self._latest = arrival = max(arrival, self._latest)
         return arrival
 
-    def arrive(self, now: float, size: int) -> float | None:
-        """When a packet that reached the far downlink at `now` comes out of it; None: it does not. Call it in order of
+    def arrive(self, now: float, size: int, packets: int = 1) -> float | None:
+        """When what reached the far downlink at `now` comes out of it; None: it does not. Call it in order of
         `now` over all paths to that endpoint."""
         departed = None if self.cut else self.down.depart(now, size)
         if departed is not None:
-            self.counts.delivered += 1
+            self.counts.delivered += packets
             self.counts.delivered_bytes += size
         elif self.cut:
-            self.counts.cut += 1
+            self.counts.cut += packets
         else:
-            self.counts.dropped += 1
+            self.counts.dropped += packets
         return departed
 
 

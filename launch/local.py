@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from diloco.errors import ConfigError
+from elastic.security import ENVIRONMENT
 from launch.process import Job, Lines, Stop, child_command, forward, supervise
 from launch.regions import Region, find_override, naming, override, parse_override, parse_regions
 from launch.wan import Lab, LabError, introduce, split_wan
@@ -67,9 +69,10 @@ def run_local(
         for line in introduce(lab) if lab else ():
             say("wan", line)
         ours = {"run.dir": str(run_dir), "elastic.start_regions": str(len(regions))}
+        env = {**os.environ, **(_secret(overrides) if lab else {})}
         if find_override(overrides, "elastic.lighthouse") is None:
             bind = f"{lab.hub if lab else '127.0.0.1'}:0"
-            job = Job("lighthouse", child_command(lighthouse, "--bind", bind), os.environ, lines)
+            job = Job("lighthouse", child_command(lighthouse, "--bind", bind, *_proofs(overrides)), env, lines)
             stack.callback(job.kill)
             address = _address(job, lines, stop, say)
             if address is None:
@@ -77,7 +80,7 @@ def run_local(
             ours["elastic.lighthouse"] = address
         started = []
         for region in regions:
-            started.append(_start(region, regions, overrides, ours, module, lines, lab))
+            started.append(_start(region, regions, overrides, ours, module, lines, lab, env))
             stack.callback(started[-1].kill)
         return _watch(started, run_dir, lines, stop, say, stop_seconds, lab)
 
@@ -128,6 +131,7 @@ def _start(
     module: str,
     lines: Lines,
     lab: Lab | None,
+    env: Mapping[str, str],
 ) -> Job:
     given = [*overrides, *region.overrides]
     ours = {**ours, "elastic.host": lab.address(region.name)} if lab else ours
@@ -145,8 +149,26 @@ def _start(
         *given,
         netns=lab.namespace(region.name) if lab else None,
     )
-    env = {"OMP_NUM_THREADS": str(_threads(regions)), **os.environ}
+    env = {"OMP_NUM_THREADS": str(_threads(regions)), **env}
     return Job(region.name, command, {**env, **_inside(env)} if lab else env, lines)
+
+
+def _secret(overrides: Sequence[str]) -> dict[str, str]:
+    """Environment with a secret for this run alone, unless another proof is asked for: the namespaces of a WAN lab are not
+    loopback."""
+    if os.environ.get(ENVIRONMENT) or any(find_override(overrides, f"elastic.{k}") for k in ("tls", "secret_file")):
+        return {}
+    return {ENVIRONMENT: secrets.token_hex(32)}
+
+
+def _proofs(overrides: Sequence[str]) -> list[str]:
+    """What the regions are told to prove, for the lighthouse's command line."""
+    tls, secret = (find_override(overrides, key) for key in ("elastic.tls", "elastic.secret_file"))
+    if isinstance(tls, list):  # with it comes one region's own certificate
+        raise ConfigError(
+            f"elastic.tls={tls} is one region's: under launch.local set it to the directory of all certificates"
+        )
+    return [*(["--tls", str(tls)] if tls else []), *(["--secret-file", str(secret)] if secret else [])]
 
 
 def _inside(env: Mapping[str, str]) -> dict[str, str]:

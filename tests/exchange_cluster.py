@@ -19,6 +19,7 @@ from elastic.exchange import Exchanger
 from elastic.node import Identity, Node
 from elastic.order import Contribution, Key, Order, Outcome, Party
 from elastic.plan import ownership, rank_blocks
+from elastic.security import OPEN, Security
 
 KEY: Key = (0, 0, 0)
 BLOCK = 512
@@ -49,7 +50,9 @@ class Cluster:
         stall: float = 10.0,
         streams: int = 0,
         closed: frozenset[int] = frozenset(),
+        security: Callable[[int], Security] = lambda k: OPEN,
     ) -> None:
+        self.security = security
         self.shares: tuple[int, ...] | None = None
         self.streams, self.closed = streams, closed
         """Members that nobody can dial."""
@@ -66,7 +69,7 @@ class Cluster:
             self.offer(k)
 
     def _rank(self, k: int, r: int, stall: float) -> Rank:
-        node = Node("127.0.0.1")
+        node = Node("127.0.0.1", security=self.security(k))
         node.identity = Identity("run", "{}", self.names[k], r)
         rank = Rank(node, Exchanger(node, self.averaging, r, stall, self.streams))
         rank.exchanger.on_outcome = lambda outcome: rank.outcomes.update({outcome.attempt: outcome})

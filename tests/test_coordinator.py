@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from elastic import coordinator, rounds
-from elastic.coordinator import Coordinator, Timing
+from elastic.coordinator import Coordinator
 from elastic.exchange import Exchanger
 from elastic.node import Identity, Node
+from elastic.pulse import STEP, Pulse, step_aside
 from elastic.ranks import Ranks
 from elastic.rounds import Rounds
+from elastic.timing import Timing
 
 
 def until(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
@@ -182,3 +186,42 @@ def test_nonsense_costs_the_sender_its_connection_and_nothing_else(net: Net, mes
         assert until(lambda: "z" not in one.peers) and one.is_alive() and one.take().halt is None
     finally:
         stranger.close()
+
+
+def test_a_member_whose_main_loop_hangs_is_not_waited_for_until_it_is_back(net: Net, capfd: Any) -> None:
+    """Its threads and its connections are as alive as ever."""
+    a, b = net.add("a"), net.add("b")
+    pulse = Pulse(0.2)
+    b.watch = partial(step_aside, b, pulse)
+    for _ in range(2):
+        pulse.back()
+        pulse.out(STEP)
+    ticking = threading.Event()
+
+    def tick() -> None:
+        while not ticking.wait(0.02):
+            pulse.back()
+            pulse.out(STEP)
+
+    loop = threading.Thread(target=tick, daemon=True)
+    loop.start()
+    a.start()
+    b.start()
+
+    def met() -> bool:
+        return a.machine.connected() == b.machine.connected() == ("a", "b")
+
+    assert until(met)
+    a.post(rounds.Due(0))
+    assert a.take(5).asks and b.take(5).asks == [rounds.Ask(0, 0, 0)]
+    ticking.set()  # it never answers
+    answer = {"tokens": 1, "leases": [], "theta": "t", "momentum": "m"}
+    a.post(rounds.Answered(0, 0, 0, answer))
+    assert until(lambda: a.machine.flight(0).best is not None and a.machine.flight(0).best.members == ("a",))
+    assert "b" not in a.peers and b.is_alive()
+    assert "b: its main loop hangs (an inner step for" in capfd.readouterr().out
+    ticking.clear()
+    threading.Thread(target=tick, daemon=True).start()
+    assert until(met)
+    b.watch = lambda: None
+    ticking.set()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
 from diloco.fragments import block_digests
-from elastic import attempt, links, side
+from elastic import attempt, links, side, tcp
 from elastic.order import Outcome
 from elastic.plan import CHUNK, WHOLE, cells, chunks, ownership, rank_blocks
 from elastic.ranks import Ranks, follow
@@ -94,6 +96,33 @@ def test_parts_that_wait_for_a_slow_member_fill_no_more_than_the_window(
     c.start("a", range(3), only=[2])
     c.assert_result("a", range(3))
     assert under_way.peak <= 2 * 20_000 < len(c.encoded[1]) / 4
+
+
+def test_a_rank_sends_no_faster_than_a_bit_more_than_its_uplink_was_seen_to_carry(
+    cluster: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paces: dict[socket.socket, float] = {}
+    monkeypatch.setattr(tcp, "pace", lambda sock, rate: paces.update({sock: rate}))
+    c = cluster((1, 1, 1), 40 * BLOCK, streams=2)
+    c.start("a", range(3))
+    c.assert_result("a", range(3))
+    assert not any(paces.values())  # nothing is known yet
+    ranks = [member[0].exchanger.links for member in c.members]
+    assert until(lambda: all(len(link.streams) == 2 for rank in ranks for link in rank.all()))
+    for rank in ranks:
+        rank.meter.up = 1e6
+    c.shares = (WHOLE, 0, 0)
+    c.start("b", range(3))
+    c.assert_result("b", range(3))
+    by_link = [[sum(paces.get(s.sock, 0) for s in link.streams) for link in rank.all()] for rank in ranks]
+    assert [sum(rates) for rates in by_link] == pytest.approx(
+        [1.2e6] * 3
+    )  # 1's parts and sums all go to and come from 0
+    assert sorted(by_link[1]) == pytest.approx([0, 1.2e6])
+    monkeypatch.setattr(links.Link, "round_trip", lambda self: 1.0)
+    c.start("c", range(3))
+    c.assert_result("c", range(3))
+    assert not any(paces.values())  # too short to be paced
 
 
 def test_links_outlive_attempts_and_come_back(cluster: Make) -> None:

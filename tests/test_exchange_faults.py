@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -73,6 +74,53 @@ def test_a_member_that_stalls_is_named_and_the_others_go_on(cluster: Make) -> No
     victim.opened.set()
     assert c.ended("a", [1])  # it may even hold a result: nobody counts on it
     assert c.idle()
+
+
+def test_who_is_given_up_hears_it_and_blames_nobody(cluster: Make) -> None:
+    """However late the word is sent: one that saw its connection break first would tell all others that it was the other
+    side's fault."""
+    c = cluster((1, 1, 1), 60 * BLOCK, stall=0.5)
+    victim = gate(c, 1)
+    c.start("a", range(3))
+    assert victim.reached.wait(10)
+    for k in (0, 2):
+        for link in c.members[k][0].exchanger.links.all():
+            if link.peer[0] == c.names[1]:
+                for stream in link.streams:
+                    stream.send = partial(slowly, stream.send)  # type: ignore[method-assign]
+    assert c.ended("a", [0, 2])
+    (stuck,) = c.members[1][0].exchanger._attempts.values()
+    assert until(lambda: stuck.failed is not None)
+    assert stuck.failed is not None and stuck.failed.suspects == {c.names[1]}, stuck.failed
+    assert all(c.members[k][0].outcomes["a"].suspects == {c.names[1]} for k in (0, 2))
+    victim.opened.set()
+    assert c.ended("a", [1])
+    for member in c.members:
+        member[0].exchanger.stall = 10.0  # a busy machine's silence is no stall
+    c.start("b", range(3))  # over new links, of which the old ones' end is none of their business
+    c.assert_result("b", range(3))
+
+
+def slowly(send: Any, *frame: Any) -> Any:
+    time.sleep(0.3)
+    return send(*frame)
+
+
+def test_who_was_stopped_itself_does_not_blame_the_others(cluster: Make) -> None:
+    """As with SIGSTOP and SIGCONT, or on a machine that starves: what they sent meanwhile has not been read yet."""
+    c = cluster((1, 1), 40 * BLOCK)
+    one = attempt_of(c, 0, range(2))
+    one._look()
+    long_ago = one._looked - 100.0
+    one.begun = one._looked = long_ago
+    for side in one.sides.values():
+        side.begun = long_ago
+    one._look()
+    assert one.failed is None
+    for side in one.sides.values():
+        side.awake = long_ago  # but its own eyes were open all the time
+    one._look()
+    assert one.failed is not None and one.failed.suspects == {c.names[1]}
 
 
 def test_a_member_that_never_starts_is_named(cluster: Make) -> None:

@@ -20,7 +20,7 @@ FORBIDDEN = {
     "configs": {"diloco", "elastic", "ckpt", "launch", "tests"},
 }
 THIRD_PARTY = {
-    "elastic": {"torch", "torchft"},
+    "elastic": {"torch", "torchft", "cryptography"},
     "ckpt": {"torch", "safetensors", "fsspec"},
 }
 """What these two rooms may import besides the standard library; the others may what they like."""

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from elastic.lighthouse import (
+    Lighthouse,
     LighthouseError,
     Membership,
     connect,
     find_or_serve,
     host_port,
     is_local,
-    serve,
 )
 from tests.ports import free_port
 
@@ -42,7 +42,7 @@ def test_started_where_nothing_answers_and_found_afterwards(stack: ExitStack) ->
     connect(address).heartbeat("x_1", timeout=timedelta(seconds=2))
     assert find_or_serve(address) is None
     with pytest.raises(RuntimeError):
-        serve(*host_port(address))
+        Lighthouse(*host_port(address))
 
 
 def test_several_that_start_at_once_agree_on_one(stack: ExitStack) -> None:
@@ -127,8 +127,9 @@ def until(condition: Callable[[], bool], again: Callable[[], None], seconds: flo
 
 
 def test_members_of_a_run_find_each_other_and_nobody_else(stack: ExitStack) -> None:
-    server, address = serve("127.0.0.1", 0)
+    server = Lighthouse("127.0.0.1", 0)
     stack.callback(server.shutdown)
+    address = server.address
     found: dict[str, dict[str, str]] = {}
     names = {"eu_1": "r", "us_2": "r", "foreign_3": "other"}
     members = [

@@ -102,7 +102,7 @@ class Rank:
         self.outcomes: dict[str, Outcome] = {}
         self.exchange.on_outcome = lambda outcome: self.outcomes.update({outcome.attempt: outcome})
         identity = {"run": "r", "fingerprint": "{}", "member": member, "rank": 0}
-        setup = Setup(identity, "127.0.0.1", "", False, [ELEMENTS], BLOCK, vars(codec), False, 10.0, 0, "", "")
+        setup = Setup(identity, "127.0.0.1", [ELEMENTS], BLOCK, vars(codec), compile=False, stall=10.0)
         self.endpoint = self.exchange.open(setup.message())["endpoint"]
         fragment = Fragment(0, (Slot("w", (ELEMENTS,), 0),), BLOCK)
         self.averaging = Averaging([fragment], build_codec(codec), zeros=shared_zeros)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diloco.errors import ConfigError
+from launch.forwarder import PREFIX, on_the_wire
 from launch.links import HUB, Link, Network, WanConfig
 from launch.wan import load_wan, split_wan
 
@@ -201,3 +202,10 @@ def test_bad_numbers_from_python_are_one_sentence() -> None:
 def test_the_name_of_the_hub_is_refused() -> None:
     with pytest.raises(ConfigError, match="regions names hub, which is the launcher's own place"):
         split_wan(["+wan=lan"], ["eu", HUB])
+
+
+def test_segments_that_travel_together_count_as_what_they_are_on_the_wire() -> None:
+    tcp = bytes(12) + bytes([8 << 4]) + bytes(19)  # a header with 12 bytes of options
+    packet = bytes(20) + tcp + bytes(3500)
+    assert on_the_wire(PREFIX.pack(0, 0, 0, 0, 0, 0) + packet) == (3552, 1)
+    assert on_the_wire(PREFIX.pack(1, 1, 52, 1000, 20, 16) + packet) == (3500 + 4 * 52, 4)

@@ -132,7 +132,7 @@ class Bytes:
 
     def setsockopt(self, *_: object) -> None: ...
 
-    def recv_into(self, view: memoryview) -> int:
+    def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         piece = self.data[self.at : self.at + len(view)]
         view[: len(piece)] = piece
         self.at += len(piece)

@@ -38,8 +38,9 @@ class Worker:
         self.exchange = Exchange(exchanges, lambda: print("the process of the exchanges has ended", flush=True))
         self.exchange.on_outcome = self.end
         identity = {"run": "bench", "fingerprint": "{}", "member": f"m_{me}", "rank": 0}
+        congestion = ElasticConfig().congestion
         setup = Setup(
-            identity, address, "", False, [elements], BLOCK, vars(codec), True, 60.0, 0, ElasticConfig().congestion, ""
+            identity, address, [elements], BLOCK, vars(codec), compile=True, stall=60.0, congestion=congestion
         )
         self.endpoint = self.exchange.open(setup.message())["endpoint"]
         self.ended = threading.Condition()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -134,6 +135,7 @@ def told(case: str, found: list[Seen], limit: float | None = None) -> Iterator[R
 def play(directory: Path, variant: Variant, pace: float) -> list[Seen]:
     """Runs the regions to their end."""
     directory.mkdir()
+    os.environ.setdefault("DILOCO_SECRET", secrets.token_hex(16))  # the lab's addresses are not loopback
     print(f"{directory.name}: {variant.overrides}, {1e3 * pace:.0f} ms a step …", flush=True)
     with Lab(WanConfig(**WAN), REGIONS) as lab, lighthouse(lab) as address:
         processes = {name: start(lab, name, address, directory, variant, pace) for name in REGIONS}

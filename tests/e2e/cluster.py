@@ -30,9 +30,9 @@ SMALL = ["model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn
 
 
 @contextmanager
-def gateway(port: int) -> Iterator[str]:
+def gateway(port: int, *options: str) -> Iterator[str]:
     """A gateway in a process of its own; its address."""
-    command = [sys.executable, "-m", "elastic.gateway", "--bind", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "elastic.gateway", "--bind", f"127.0.0.1:{port}", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -116,6 +116,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "store": ([EU, "run.store=gopher://x/y"], ["run.store=gopher://x/y", "Protocol not known", FIX]),
     "run.dir": ([EU, "run.dir=text.txt/run"], ["run.dir=text.txt/run cannot be written to", FIX]),
     "lighthouse": ([EU, "elastic.lighthouse=here"], ["elastic.lighthouse", "'here'", "http://HOST:PORT"]),
+    "public": (
+        [EU, "elastic.lighthouse=http://192.0.2.1:1"],
+        ["elastic.lighthouse=http://192.0.2.1:1 is not loopback", "set elastic.tls", "DILOCO_SECRET"],
+    ),
+    "a public host": ([EU, "elastic.host=192.0.2.1"], ["elastic.host=192.0.2.1 is not loopback", "set elastic.tls"]),
+    "a public gateway": ([EU, "elastic.gateway=192.0.2.1:1"], ["elastic.gateway=192.0.2.1:1", "set elastic.tls"]),
+    "no certificates": ([EU, "elastic.tls=nowhere"], ["elastic.tls=nowhere", "authority.crt is not there", FIX]),
+    "two paths": ([EU, "elastic.tls=[a,b]"], ["elastic.tls=['a', 'b']", "neither a directory nor", FIX]),
+    "a short secret": ([EU, "elastic.secret_file=text.txt"], ["text.txt holds fewer than 16 characters", FIX]),
+    "no secret": ([EU, "elastic.secret_file=nowhere"], ["nowhere cannot be read", "set DILOCO_SECRET"]),
     "multirun": (["-m", EU], ["--multirun", "use python -m launch.sweep -m"]),
     "multirun, long": (["--multirun", EU], ["--multirun", "use python -m launch.sweep -m"]),
     "unknown flag": ([EU, "--fast"], ["--fast is not known", "--help", "KEY=VALUE"]),
@@ -170,8 +180,9 @@ def test_help_and_cfg(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
 # ---- the lighthouse ----
 
 
-def test_lighthouses_that_cannot_be_used(tmp_path: Path) -> None:
+def test_lighthouses_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens on another host; something mute, and something that speaks another protocol, has the port."""
+    monkeypatch.setenv("DILOCO_SECRET", "needed beyond loopback")
     with socket.create_server(("127.0.0.1", 0)) as mute, socket.create_server(("127.0.0.1", 0)) as other:
         pool = ThreadPoolExecutor(4)  # they mostly wait
         pool.submit(answer_nonsense, other)

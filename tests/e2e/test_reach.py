@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from launch.certs import issue
 from tests.e2e.cluster import Cluster, gateway
 from tests.ports import free_port
 
 
-def test_a_region_behind_a_gateway_and_one_that_only_dials_out(cluster: Cluster) -> None:
-    common = ("outer.sync_every=4", "run.rounds=3", "elastic.start_regions=2", "elastic.min_regions=2")
-    with gateway(free_port()) as address:
+@pytest.mark.parametrize("secured", ["tls", "open"])
+def test_a_region_behind_a_gateway_and_one_that_only_dials_out(cluster: Cluster, tmp_path: Path, secured: str) -> None:
+    common = ["outer.sync_every=4", "run.rounds=3", "elastic.start_regions=2", "elastic.min_regions=2"]
+    options: list[str] = []
+    if secured == "tls":
+        issue(tmp_path / "certs", ["eu", "us"])
+        common, options = [*common, f"elastic.tls={tmp_path}/certs"], ["--tls", f"{tmp_path}/certs"]
+    with gateway(free_port(), *options) as address:
         cluster.start("eu", f"elastic.gateway={address}", *common, nproc=2)
         cluster.start("us", "elastic.dial_only=true", *common)
         cluster.until(lambda: cluster.rounds() >= 1)

@@ -1,0 +1,17 @@
+"""How long the coordinator waits for what."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass
+class Timing:
+    peer_timeout: float = 5.0
+    stall_timeout: float = 30.0
+
+    def delay(self, kind: str) -> float:
+        """Seconds until an alarm of this kind."""
+        base = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0}[kind]
+        return base * (1 + random.random())
