@@ -39,6 +39,8 @@ SETTINGS = [
 ]
 RESTARTS_A_MINUTE = 1.0
 RESTARTS = 30
+START_SECONDS = 300.0
+"""Until the first round of all: starting takes each region some seconds of a core."""
 
 
 def chaos(directory: Path, minutes: float, seed: int, regions: int, gap: float, ranks: int = 2) -> Drill:
@@ -51,7 +53,7 @@ def chaos(directory: Path, minutes: float, seed: int, regions: int, gap: float, 
         overrides = [*SETTINGS, f"elastic.start_regions={regions}"]
         fleet = Fleet(lab, directory, places, [ranks if i == 1 else 1 for i in range(regions)], overrides)
         drill = Drill(lab, fleet, seed, say)
-        gather(drill, "at the start")
+        gather(drill, "at the start", START_SECONDS)
         say(f"all {regions} regions have contributed; {len(faults)} faults follow")
         if not drill.violations:
             drill.run(faults, 60.0 * minutes)

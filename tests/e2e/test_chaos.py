@@ -1,12 +1,27 @@
-"""A third of a large run that is killed at one instant."""
+"""Some minutes of tests.bench.chaos, and a third of a large run that is killed at one instant."""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
+from tests.bench.chaos import chaos
 from tests.chaos.watch import Watch
 from tests.e2e.cluster import Cluster, kill
+from tests.test_wan import needs_root
+
+MINUTES, SEED, GAP = 2.2, 4, 6.0
+"""With the start and the end, about three minutes on two cores; a schedule with every kind of fault."""
+
+
+@needs_root
+def test_nothing_that_is_done_to_a_run_harms_it(tmp_path: Path) -> None:
+    drill = chaos(tmp_path, MINUTES, SEED, regions=3, gap=GAP, ranks=1)
+    log = (tmp_path / "chaos.log").read_text()
+    assert drill.violations == [], log
+    assert drill.tally.all >= 12 and drill.tally.restarts >= 3, log
+    assert len(drill.watch.checker.rounds) >= drill.tally.all, "a commit between faults, on average"
 
 
 def test_a_third_of_the_regions_is_killed_at_one_instant(cluster: Cluster) -> None:
