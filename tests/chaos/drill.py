@@ -47,8 +47,8 @@ class Tally:
 
 
 class Drill:
-    def __init__(self, lab: Lab, fleet: Fleet, seed: int, say: Callable[[str], None]) -> None:
-        self.lab, self.fleet, self.random, self.say = lab, fleet, Random(seed), say
+    def __init__(self, lab: Lab, fleet: Fleet, say: Callable[[str], None]) -> None:
+        self.lab, self.fleet, self.random, self.say = lab, fleet, Random(0), say
         self.watch, self.tally = Watch(fleet.run), Tally()
         self.moments = Moments(self.watch, lab, self._joining)
         self.violations: list[str] = []

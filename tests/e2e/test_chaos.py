@@ -6,7 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from tests.bench.chaos import chaos
+from tests.bench.chaos import chaos, faults_of
+from tests.chaos.schedule import FREEZE, HELD, Fault
 from tests.chaos.watch import Watch
 from tests.e2e.cluster import Cluster, kill
 from tests.test_wan import needs_root
@@ -17,11 +18,19 @@ MINUTES, SEED, GAP = 2.2, 4, 6.0
 
 @needs_root
 def test_nothing_that_is_done_to_a_run_harms_it(tmp_path: Path) -> None:
-    drill = chaos(tmp_path, MINUTES, SEED, regions=3, gap=GAP, ranks=1)
+    drill = chaos(tmp_path, MINUTES, faults_of(MINUTES, SEED, 3, GAP), regions=3, ranks=1)
     log = (tmp_path / "chaos.log").read_text()
     assert drill.violations == [], log
     assert drill.tally.all >= 12 and drill.tally.restarts >= 3, log
     assert len(drill.watch.checker.rounds) >= drill.tally.all, "a commit between faults, on average"
+
+
+@needs_root
+def test_a_broken_commit_rule_is_found(tmp_path: Path) -> None:
+    """The member that is to append sleeps between the result and the entry; the others append, and it writes over it."""
+    faults = [Fault(3.0 + 17.0 * i, FREEZE, ("a",), HELD, 8.0) for i in range(4)]
+    drill = chaos(tmp_path, 1.1, faults, regions=3, ranks=1, module="tests.chaos.overwriting")
+    assert any("is another one than before" in text for text in drill.violations), (tmp_path / "chaos.log").read_text()
 
 
 def test_a_third_of_the_regions_is_killed_at_one_instant(cluster: Cluster) -> None:
