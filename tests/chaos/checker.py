@@ -83,7 +83,8 @@ class Checker:
 
     def again(self, seq: int, data: bytes) -> None:
         """Entry `seq` as it is now: nothing that was created may change."""
-        if entry_hash(data) != self._hashes[seq]:
+        if (found := entry_hash(data)) != self._hashes[seq]:
+            self._hashes[seq] = found  # to be told once
             self.wrong(f"entry {seq} is another one than before: two states at one seq")
 
     def _round(self, before: State, entry: dict[str, Any]) -> None:
