@@ -44,7 +44,7 @@ START_SECONDS = 300.0
 
 
 def faults_of(minutes: float, seed: int, regions: int, gap: float) -> list[Fault]:
-    restarts = min(RESTARTS, max(3, round(RESTARTS_A_MINUTE * minutes)))
+    restarts = min(RESTARTS, max(6, round(RESTARTS_A_MINUTE * minutes)))
     return schedule(seed, 60.0 * minutes, places_of(regions), gap, restarts)
 
 
