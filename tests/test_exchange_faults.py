@@ -79,7 +79,7 @@ def test_a_member_that_stalls_is_named_and_the_others_go_on(cluster: Make) -> No
 def test_who_is_given_up_hears_it_and_blames_nobody(cluster: Make) -> None:
     """However late the word is sent: one that saw its connection break first would tell all others that it was the other
     side's fault."""
-    c = cluster((1, 1, 1), 60 * BLOCK, stall=0.5)
+    c = cluster((1, 1, 1), 60 * BLOCK, stall=2.0)
     victim = gate(c, 1)
     c.start("a", range(3))
     assert victim.reached.wait(10)
@@ -95,6 +95,7 @@ def test_who_is_given_up_hears_it_and_blames_nobody(cluster: Make) -> None:
     assert all(c.members[k][0].outcomes["a"].suspects == {c.names[1]} for k in (0, 2))
     victim.opened.set()
     assert c.ended("a", [1])
+    assert until(lambda: not c.members[1][0].exchanger.links.all())
     c.start("b", range(3))  # over new links, of which the old ones' end is none of their business
     c.assert_result("b", range(3))
 
