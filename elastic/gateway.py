@@ -1,4 +1,4 @@
-"""`python -m elastic.gateway --bind 0.0.0.0:29600`: one public port for ranks that have no public address.
+"""`python -m elastic.gateway --bind 0.0.0.0:29600 --tls DIR`: one public port for ranks that have no public address.
 
 Ranks dial out to it and register a name (`elastic.gateway=HOST:PORT`). Who dials `HOST:PORT/NAME` is put through: the
 gateway calls that rank on its registration, the rank dials out once more, and the gateway copies bytes between the two.
@@ -7,17 +7,15 @@ Nothing else in the code knows; a region needs no open port at all.
 
 from __future__ import annotations
 
-import argparse
 import secrets
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 
-from elastic.addresses import add_security, host_port, security_of
 from elastic.door import Door
 from elastic.handshake import HANDSHAKE_TIMEOUT, refusal
 from elastic.security import OPEN, Security
+from elastic.service import serve
 from elastic.tcp import keep_alive
 from elastic.tunnel import WELCOME, join
 from elastic.wire import NONSENSE, Connection, Message
@@ -95,24 +93,11 @@ class Gateway:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m elastic.gateway", description=__doc__)
-    parser.add_argument("--bind", default="0.0.0.0:29600", help="HOST:PORT")
-    add_security(parser)
-    options = parser.parse_args(argv)
-    try:
-        host, port = host_port(options.bind)
-        gateway = Gateway(host, port, security_of(options, "gateway"))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"--bind {options.bind} cannot be used ({error}): name a free HOST:PORT of this machine", file=sys.stderr)
-        return 2
-    print(f"gateway {gateway.endpoint}", flush=True)
-    with suppress(KeyboardInterrupt):
-        threading.Event().wait()
-    gateway.close()
-    return 0
+    def open_at(host: str, port: int, security: Security) -> tuple[str, Callable[[], None]]:
+        gateway = Gateway(host, port, security)
+        return gateway.endpoint, gateway.close
+
+    return serve("gateway", __doc__, "0.0.0.0:29600", open_at, argv)
 
 
 if __name__ == "__main__":

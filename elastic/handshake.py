@@ -166,9 +166,8 @@ def introduce(line: Line, hello: Message) -> Steps[Message]:
     else:
         yield from line.send(hello)
     answer = _expect((yield from line.receive()), "hello")
-    if (
-        "member" in answer
-    ):  # a gateway or a lighthouse is none, and is trusted with nothing but bringing members together
+    # A gateway or a lighthouse is none, and is trusted with nothing but bringing members together.
+    if "member" in answer:
         _vouch(line, answer)
     return answer
 

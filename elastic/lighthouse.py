@@ -7,9 +7,7 @@ end of a tunnel (`elastic.tunnel`); regions bring the other end with them.
 
 from __future__ import annotations
 
-import argparse
 import os
-import signal
 import socket
 import sys
 import threading
@@ -23,9 +21,10 @@ os.environ.setdefault("RUST_LOG", "error")  # it logs every member's data otherw
 
 from torchft.coordination import LighthouseClient, LighthouseServer, QuorumMember
 
-from elastic.addresses import add_security, host_port, is_local, security_of
+from elastic.addresses import host_port, is_local
 from elastic.handshake import Refused
 from elastic.security import OPEN, Security
+from elastic.service import serve
 from elastic.tunnel import Entrance, Exit
 
 HEARTBEAT_TIMEOUT = 5.0
@@ -228,27 +227,11 @@ class Membership:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m elastic.lighthouse", description=__doc__)
-    parser.add_argument("--bind", default="127.0.0.1:29510", help="HOST:PORT; port 0 picks a free one")
-    add_security(parser)
-    options = parser.parse_args(argv)
-    try:
-        host, port = host_port(options.bind)
-        lighthouse = Lighthouse(host, port, security_of(options, "lighthouse"))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        said = " ".join(str(error).split())
-        print(f"--bind {options.bind} cannot be used ({said}): name a free HOST:PORT of this machine", file=sys.stderr)
-        return 2
-    print(f"lighthouse {lighthouse.address}", flush=True)
-    done = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: done.set())
-    done.wait()
-    lighthouse.shutdown()
-    return 0
+    def open_at(host: str, port: int, security: Security) -> tuple[str, Callable[[], None]]:
+        lighthouse = Lighthouse(host, port, security)
+        return lighthouse.address, lighthouse.shutdown
+
+    return serve("lighthouse", __doc__, "127.0.0.1:29510", open_at, argv)
 
 
 if __name__ == "__main__":

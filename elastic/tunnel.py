@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from contextlib import suppress
 
 from elastic.door import Door
@@ -69,9 +70,11 @@ class Entrance:
 
     def _accept(self) -> None:
         while not self._closed:
-            with suppress(OSError, RuntimeError):  # closed; or too many files or threads: that passes
+            try:
                 near = Connection(self._server.accept()[0])
                 threading.Thread(target=self._through, args=(near,), name="entrance", daemon=True).start()
+            except (OSError, RuntimeError):  # closed; or too many files or threads: that passes
+                time.sleep(0.05)
 
     def _through(self, near: Connection) -> None:
         self._open.add(near)
