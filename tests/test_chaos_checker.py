@@ -196,6 +196,7 @@ def test_a_report_on_nothing() -> None:
 def test_a_run_that_nobody_compared() -> None:
     run = Run()
     run.round()
+    run.round()
     run.reports = []
     assert "nothing was compared" in violations(run)
 

@@ -56,3 +56,10 @@ def test_who_was_restarted_is_left_alone_for_a_while() -> None:
 
 def test_without_restarts() -> None:
     assert not any(fault.restarts for fault in schedule(3, 600.0, PLACES, gap=5.0, restarts=0))
+
+
+def test_the_schedule_of_the_test_has_everything() -> None:
+    """That of tests/e2e/test_chaos.py."""
+    faults = schedule(5, 132.0, PLACES, gap=5.0, restarts=6)
+    assert {fault.kind for fault in faults} == {*RESTARTS, *LINKS, "freeze"}
+    assert {fault.moment for fault in faults} == {*MOMENTS, FETCH} and any(fault.renamed for fault in faults)

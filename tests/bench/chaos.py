@@ -21,7 +21,7 @@ from launch.wan import Lab, load_wan
 from tests.bench._table import Row, at_least, at_most, show
 from tests.chaos.drill import Drill, dismiss, gather, write_log
 from tests.chaos.fleet import Fleet
-from tests.chaos.schedule import schedule
+from tests.chaos.schedule import Fault, schedule
 from tests.e2e.cluster import SMALL
 
 LINKS = [("rtt", "40ms"), ("up", "16mbit"), ("down", "16mbit")]
@@ -39,19 +39,30 @@ SETTINGS = [
 ]
 RESTARTS_A_MINUTE = 1.0
 RESTARTS = 30
+START_SECONDS = 300.0
+"""Until the first round of all: starting takes each region some seconds of a core."""
 
 
-def chaos(directory: Path, minutes: float, seed: int, regions: int, gap: float, ranks: int = 2) -> Drill:
-    """The whole of it. ranks: of the second region; the others have one."""
-    places = [chr(ord("a") + i) for i in range(regions)]
-    restarts = min(RESTARTS, max(3, round(RESTARTS_A_MINUTE * minutes)))
-    faults = schedule(seed, 60.0 * minutes, places, gap, restarts)
+def faults_of(minutes: float, seed: int, regions: int, gap: float) -> list[Fault]:
+    restarts = min(RESTARTS, max(6, round(RESTARTS_A_MINUTE * minutes)))
+    return schedule(seed, 60.0 * minutes, places_of(regions), gap, restarts)
+
+
+def places_of(regions: int) -> list[str]:
+    return [chr(ord("a") + i) for i in range(regions)]
+
+
+def chaos(
+    directory: Path, minutes: float, faults: list[Fault], regions: int, ranks: int = 2, module: str = "diloco.train"
+) -> Drill:
+    """The whole of it. ranks: of the second region; the others have one. module: what a region runs."""
+    places = places_of(regions)
     say = write_log(directory / "chaos.log", time.monotonic())
     with Lab(load_wan("lan", LINKS, places), places, directory) as lab:
         overrides = [*SETTINGS, f"elastic.start_regions={regions}"]
-        fleet = Fleet(lab, directory, places, [ranks if i == 1 else 1 for i in range(regions)], overrides)
-        drill = Drill(lab, fleet, seed, say)
-        gather(drill, "at the start")
+        fleet = Fleet(lab, directory, places, [ranks if i == 1 else 1 for i in range(regions)], overrides, module)
+        drill = Drill(lab, fleet, say)
+        gather(drill, "at the start", START_SECONDS)
         say(f"all {regions} regions have contributed; {len(faults)} faults follow")
         if not drill.violations:
             drill.run(faults, 60.0 * minutes)
@@ -90,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
-    drill = chaos(directory, arguments.minutes, arguments.seed, arguments.regions, arguments.gap)
+    faults = faults_of(arguments.minutes, arguments.seed, arguments.regions, arguments.gap)
+    drill = chaos(directory, arguments.minutes, faults, arguments.regions)
     found = rows(drill)
     for text in drill.violations:
         print(f"violation: {text}")

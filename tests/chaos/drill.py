@@ -16,17 +16,18 @@ from diloco.errors import ConfigError
 from launch.wan import HUB, Lab
 from tests.chaos import schedule as plan
 from tests.chaos.checker import Deadline
-from tests.chaos.fleet import Fleet, Unit
+from tests.chaos.fleet import LEAVE_SECONDS, Fleet, Unit
 from tests.chaos.schedule import Fault
 from tests.chaos.watch import Moments, Watch
 
-ROUND_SECONDS, PLACE_SECONDS = 60.0, 150.0
+ROUND_SECONDS, PLACE_SECONDS = 90.0, 240.0
 """Without a round of anybody; without one that holds the work of a region that no fault touches."""
 MOMENT_SECONDS = 12.0
 """How long a fault waits for its moment before it happens anyway."""
 SLOWED = 0.1
-LOOK, PROBE = 0.05, 0.003
-"""Seconds between two looks at everything, and at whether a moment has come."""
+LOOK, SELDOM, PROBE = 0.05, 0.4, 0.002
+"""Seconds between two looks at everything, the same while a moment is waited for, and between two looks at whether it has
+come."""
 
 
 @dataclass
@@ -47,8 +48,8 @@ class Tally:
 
 
 class Drill:
-    def __init__(self, lab: Lab, fleet: Fleet, seed: int, say: Callable[[str], None]) -> None:
-        self.lab, self.fleet, self.random, self.say = lab, fleet, Random(seed), say
+    def __init__(self, lab: Lab, fleet: Fleet, say: Callable[[str], None]) -> None:
+        self.lab, self.fleet, self.random, self.say = lab, fleet, Random(0), say
         self.watch, self.tally = Watch(fleet.run), Tally()
         self.moments = Moments(self.watch, lab, self._joining)
         self.violations: list[str] = []
@@ -64,11 +65,11 @@ class Drill:
 
     # Watching
 
-    def look(self, always: bool = False) -> list[dict[str, Any]]:
-        """Looks after the regions, undoes what is due, reads what is new and checks it. Returns the new entries."""
+    def look(self, every: float = LOOK) -> None:
+        """Looks after the regions, undoes what is due, reads what is new and checks it; not more often than `every` seconds."""
         now = time.monotonic()
-        if not always and now - self._looked < LOOK:
-            return []
+        if now - self._looked < every:
+            return
         self._looked = now
         while self._undo and self._undo[0][0] <= now:
             _, _, what, undo = heapq.heappop(self._undo)
@@ -76,11 +77,9 @@ class Drill:
             undo()
         for text in self.fleet.tend():
             self.wrong(text)
-        entries = self.watch.look()
-        self._judge(entries, now)
+        self._judge(self.watch.look(), now)
         while self.watch.checker.violations:
             self.wrong(self.watch.checker.violations.pop(0))
-        return entries
 
     def wrong(self, text: str) -> None:
         self.violations.append(text)
@@ -89,7 +88,7 @@ class Drill:
     def _judge(self, entries: list[dict[str, Any]], now: float) -> None:
         rounds = [entry for entry in entries if entry["kind"] == "round"]
         able = any(self.joined(unit) and not unit.frozen for unit in self.fleet.units.values())
-        self._deadline(self.rounds, bool(rounds), able or not self.watch.entries, now)
+        self._deadline(self.rounds, bool(rounds), able and bool(self.watch.checker.rounds), now)
         used = {answer["member"] for entry in rounds for answer in entry["answers"]}
         for place, unit in self.fleet.units.items():
             free = self._touched.get(place, 0.0) < now and (self.joined(unit) or now > self.fleet.dark_until)
@@ -115,22 +114,24 @@ class Drill:
     def _joining(self) -> list[str]:
         return [unit.place for unit in self.fleet.units.values() if unit.up and not self.joined(unit)]
 
-    def until(self, what: Callable[[], bool], seconds: float) -> bool:
-        """Looks on until `what()` is true, or `seconds` have passed."""
+    def until(self, what: Callable[[], bool], seconds: float, every: float = LOOK) -> bool:
+        """Looks on until `what()` is true. False: `seconds` have passed, or something is wrong."""
         deadline = time.monotonic() + seconds
         while not what():
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self.violations:
                 return False
-            self.look()
+            self.look(every)
             time.sleep(PROBE)
         return True
 
     # Faults
 
     def run(self, faults: Sequence[Fault], seconds: float) -> None:
-        """All of them, from the time at which every region has joined."""
+        """All of them, from the time at which every region has joined; up to the first violation."""
         begin = time.monotonic()
         for fault in faults:
+            if self.violations:
+                return
             self.until(lambda at=begin + fault.at: time.monotonic() >= at, seconds)  # type: ignore[misc]
             self.inflict(fault)
         self.until(lambda: time.monotonic() >= begin + seconds and not self._undo, seconds)
@@ -140,7 +141,9 @@ class Drill:
         units = [self.fleet.units[place] for place in fault.places]
         pids = [unit.pids() for unit in units]
         probe = self.moments.probe(fault.moment, fault.places[0] if fault.places else "")
-        met = self.until(probe, MOMENT_SECONDS)
+        met = self.until(probe, MOMENT_SECONDS, every=SELDOM)
+        begin = time.monotonic()
+        self.until(lambda: time.monotonic() >= begin + fault.after, 1.0, every=SELDOM)
         if fault.kind in (plan.KILL, plan.RANK, plan.LEAVE, plan.FREEZE) and not units[0].up:
             self.tally.idle += 1
             return
@@ -205,7 +208,7 @@ def gather(drill: Drill, what: str, seconds: float = PLACE_SECONDS) -> None:
             wanted.extend(drill.watch.checker.common(members))
         return any(drill.watch.checker.reported(seq) >= members for seq in wanted[-8:])
 
-    if not drill.until(together, seconds):
+    if not drill.until(together, seconds) and not drill.violations:
         drill.wrong(f"{what}: no round with all {len(drill.fleet.units)} regions within {seconds:g} s")
 
 
@@ -215,10 +218,13 @@ def dismiss(drill: Drill) -> None:
     for unit in units:
         if unit.up:
             unit.leave(1e6)
-    drill.until(lambda: not any(unit.up for unit in units), 40.0)
-    drill.look(always=True)
+    deadline = time.monotonic() + LEAVE_SECONDS + 10.0
+    while any(unit.up for unit in units) and time.monotonic() < deadline:
+        drill.look()
+        time.sleep(PROBE)
+    drill.look(every=0.0)
     drill.watch.finish()
-    drill.look(always=True)
+    drill.look(every=0.0)
     state = drill.watch.checker.state
     if state is None:
         return drill.wrong("there is no journal")

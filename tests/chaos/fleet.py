@@ -131,8 +131,16 @@ class Unit:
 class Fleet:
     """All places of a run, and its lighthouse in the hub."""
 
-    def __init__(self, lab: Lab, directory: Path, places: Sequence[str], ranks: Sequence[int], overrides: list[str]):
-        self.lab, self.directory = lab, directory
+    def __init__(
+        self,
+        lab: Lab,
+        directory: Path,
+        places: Sequence[str],
+        ranks: Sequence[int],
+        overrides: list[str],
+        module: str = "diloco.train",
+    ) -> None:
+        self.lab, self.directory, self.module = lab, directory, module
         os.environ.setdefault("DILOCO_SECRET", secrets.token_hex(16))  # the lab's addresses are not loopback
         self.address = f"{lab.hub}:{free_port()}"
         self.overrides = [f"run.dir={self.run}", f"elastic.lighthouse=http://{self.address}", *overrides]
@@ -157,7 +165,7 @@ class Fleet:
             head += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--max-restarts=1000"]
             head += [f"--nproc-per-node={unit.ranks}", "-m"]
         host = f"elastic.host={self.lab.address(unit.place)}"
-        return [*head, "diloco.train", f"region.name={unit.name}", host, *self.overrides]
+        return [*head, self.module, f"region.name={unit.name}", host, *self.overrides]
 
     def tend(self) -> list[str]:
         """Looks after everybody. Returns what is wrong."""

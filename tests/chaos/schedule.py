@@ -7,7 +7,7 @@ hold few. Two places at least are left alone at any time, so that there is someb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 KILL, RANK, LEAVE, LIGHTHOUSE = "kill", "rank", "leave", "lighthouse"
@@ -24,8 +24,8 @@ UNHARMED = 2
 RECOVERY = {KILL: 25.0, RANK: 25.0, LEAVE: 25.0, LIGHTHOUSE: 3.0}
 """Seconds in which who was restarted is left alone; other faults: AFTERWARDS."""
 AFTERWARDS = 4.0
-RENAMED = 0.4
-"""Share of the leaving that come back under a new name."""
+LATER = 0.12
+"""Seconds after its moment at which a fault happens at the latest."""
 CHASED = 0.5
 """Share of the restarts that are followed by a fault while the restarted region fetches."""
 
@@ -42,6 +42,8 @@ class Fault:
     """Seconds until it is undone; of a restart: until it begins."""
     renamed: bool = False
     """It comes back as a region of another name."""
+    after: float = 0.0
+    """Seconds after the moment: what follows takes a few hops."""
 
     @property
     def restarts(self) -> bool:
@@ -50,7 +52,8 @@ class Fault:
     def __str__(self) -> str:
         where = "-".join(self.places)
         lasting = f" for {self.lasts:.1f} s" if self.lasts else ""
-        return f"{self.kind} {where} at {self.moment}{lasting}{', then renamed' if self.renamed else ''}"
+        after = f" + {self.after * 1e3:.0f} ms" if self.after else ""
+        return f"{self.kind} {where} at {self.moment}{after}{lasting}{', then renamed' if self.renamed else ''}"
 
 
 def schedule(seed: int, seconds: float, places: Sequence[str], gap: float, restarts: int) -> list[Fault]:
@@ -74,6 +77,8 @@ class _Dealer:
         now = 0.0
         while (now := now + self.gap * self.random.uniform(0.5, 1.5)) < self.seconds:
             fault = self._fault(now, self._card(now))
+            if fault is not None and fault.moment != NOW:
+                fault = replace(fault, after=self.random.choice([0.0, self.random.uniform(0.0, LATER)]))
             if fault is not None and fault.at + fault.lasts < self.seconds:
                 self._add(fault)
                 if fault.kind in (KILL, LEAVE) and self.random.random() < CHASED:
@@ -124,7 +129,7 @@ class _Dealer:
             return Fault(now, kind, tuple(random.sample(free, count)), moment, random.uniform(4.0, 20.0))
         if kind == SLOW:
             return Fault(now, kind, (place,), moment, random.uniform(4.0, 12.0))
-        renamed = kind == LEAVE and random.random() < RENAMED
+        renamed = kind == LEAVE and sum(fault.kind == LEAVE for fault in self.faults) % 2 == 0  # every second time
         return Fault(now, kind, (place,), moment, 0.0 if kind == RANK else random.uniform(0.5, 4.0), renamed)
 
     def _chase(self, first: Fault) -> None:

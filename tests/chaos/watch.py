@@ -71,11 +71,11 @@ class Watch:
             self._again(seq)
         self.checker.finish()
 
-    def attempts(self) -> set[str]:
-        """Attempts whose result somebody has begun to store: all that is missing is that all hold it, and the entry."""
+    def attempts(self) -> set[Path]:
+        """The folders of attempts whose results are being stored, or are."""
         state = self.checker.state
         with suppress(OSError):
-            return {path.name for path in (self.store / "rounds" / state.run).iterdir()} if state else set()
+            return set((self.store / "rounds" / state.run).iterdir()) if state else set()
         return set()
 
 
@@ -91,8 +91,9 @@ class Moments:
         return makers[moment](place) if moment in makers else lambda: True
 
     def _held(self, place: str) -> Callable[[], bool]:
+        """A result is stored: all that is missing is that all say that they hold it, and the entry."""
         before = self.watch.attempts()
-        return lambda: bool(self.watch.attempts() - before)
+        return lambda: any(any(folder.iterdir()) for folder in self.watch.attempts() - before)
 
     def _commit(self, place: str) -> Callable[[], bool]:
         seq = len(self.watch.entries)

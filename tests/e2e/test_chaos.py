@@ -1,12 +1,36 @@
-"""A third of a large run that is killed at one instant."""
+"""Some minutes of tests.bench.chaos, and a third of a large run that is killed at one instant."""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
+from tests.bench.chaos import chaos, faults_of
+from tests.chaos.schedule import FREEZE, HELD, Fault
 from tests.chaos.watch import Watch
 from tests.e2e.cluster import Cluster, kill
+from tests.test_wan import needs_root
+
+MINUTES, SEED, GAP, REGIONS = 2.2, 5, 5.0, 4
+"""With the start and the end, about three minutes on two cores; a schedule with every kind of fault and moment."""
+
+
+@needs_root
+def test_nothing_that_is_done_to_a_run_harms_it(tmp_path: Path) -> None:
+    drill = chaos(tmp_path, MINUTES, faults_of(MINUTES, SEED, REGIONS, GAP), REGIONS, ranks=1)
+    log = (tmp_path / "chaos.log").read_text()
+    assert drill.violations == [], log
+    assert drill.tally.all >= 15 and drill.tally.restarts >= 5, log
+    assert len(drill.watch.checker.rounds) >= drill.tally.all, "a commit between faults, on average"
+
+
+@needs_root
+def test_a_broken_commit_rule_is_found(tmp_path: Path) -> None:
+    """The member that is to append sleeps between the result and the entry; the others append, and it writes over it."""
+    faults = [Fault(3.0 + 12.0 * i, FREEZE, ("a",), HELD, 7.0, after=0.06) for i in range(8)]
+    drill = chaos(tmp_path, 1.7, faults, regions=3, ranks=1, module="tests.chaos.overwriting")
+    assert any("is another one than before" in text for text in drill.violations), (tmp_path / "chaos.log").read_text()
 
 
 def test_a_third_of_the_regions_is_killed_at_one_instant(cluster: Cluster) -> None:
