@@ -129,7 +129,7 @@ class Control:
     """Turns the coordinator's commands and the loop's status into the next order."""
 
     def __init__(
-        self, coordinator: Coordinator, ledger: RunLedger, member: str, limits: Limits, hang_timeout: float = 5.0
+        self, coordinator: Coordinator, ledger: RunLedger, member: str, limits: Limits, hang_timeout: float = 4.5
     ) -> None:
         self.coordinator, self.ledger, self.member, self.limits = coordinator, ledger, member, limits
         self.pulse = Pulse(hang_timeout)

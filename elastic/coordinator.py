@@ -137,6 +137,7 @@ class Coordinator(threading.Thread):
     def close(self) -> None:
         """Ends the thread, and parts from the peers, which need not wait for a time-out then."""
         self._closing = True
+        self.call(lambda: None)  # it need not wait for something to do
         self.join(timeout=5)
         self.part()
 

@@ -52,9 +52,9 @@ class ElasticConfig:
     """Seconds of silence on a control connection after which a peer is given up."""
     stall_timeout: float = 30.0
     """Seconds of silence after which a peer in an exchange is given up, at most: once its rate is known, by that."""
-    hang_timeout: float = 5.0
+    hang_timeout: float = 4.5
     """Seconds after which a region whose main loop does not come back from an inner step leaves the others, at least: four times
-    what a step takes, if that is more."""
+    what a step takes, if that is more. The others know within 5 s then."""
     streams: int = 0
     """TCP streams per pair of ranks; 0: as many as the round trip and the rate ask for."""
     congestion: str = "bbr"

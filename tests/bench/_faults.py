@@ -25,7 +25,8 @@ from tests.ports import free_port
 REGIONS = ("asia", "eu", "us")
 VICTIM, SURVIVORS = "asia", ("eu", "us")
 """The lowest member: the one that appends, and stores what is appended."""
-PACE, SYNC_EVERY = 0.15, 45
+PACE, SYNC_EVERY = 0.15, 50
+"""Overlap may take a whole round, 7.5 s: longer than detection, and than regions that never wait drift apart."""
 OUTAGE = 5.0
 WARM, AFTER = 2, 2
 """Rounds before the fault, and that the survivors have to commit after it."""

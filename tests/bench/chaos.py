@@ -11,6 +11,7 @@ Ends with exit code 1 if anything was violated.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -106,9 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = rows(drill)
     for text in drill.violations:
         print(f"violation: {text}")
-    print(f"everything is left in {directory}")
     show(f"chaos --seed {arguments.seed}", found)
-    return 0 if all(row.ok for row in found) else 1
+    well = all(row.ok for row in found)
+    if well and arguments.directory is None:
+        shutil.rmtree(directory)
+    else:
+        print(f"everything is left in {directory}")
+    return 0 if well else 1
 
 
 if __name__ == "__main__":
