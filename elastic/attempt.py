@@ -56,8 +56,6 @@ class Attempt:
         """First block of a chunk that this rank reduces -> member -> part."""
         self.held = self.peak = 0
         """Bytes of parts that wait for others', now and at most."""
-        self.silent: list[Link] = []
-        """Whose silence ended this attempt."""
         self.over = False
         """It has ended, one way or the other."""
         self.whole: deque[int] = deque()
@@ -308,7 +306,6 @@ class Attempt:
             for side in self.sides.values():
                 side.awake = now
         if late := self._late(now):
-            self.silent = [side.link for side in late if side.link is not None]
             seconds = max(now - max(self.begun, side.progress_at) for side in late)
             members = frozenset(self.order.parties[side.member].member for side in late)
             self.fail(members, f"no progress with {', '.join(sorted(members))} for {seconds:.1f} s")

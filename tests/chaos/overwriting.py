@@ -1,5 +1,5 @@
 """`diloco.train` with the commit rule broken on purpose: rounds are not created only if absent; a member looks whether there is
-an entry, and then writes its own, as one would with a store that has no conditional writes, a round trip away.
+an entry, and then writes its own, as one would with a store that has no conditional writes, a (very) long round trip away.
 
 What tests.bench.chaos must find: who sleeps between the two writes over what the others have committed meanwhile.
 """
@@ -13,7 +13,7 @@ from diloco import train
 from diloco.fold import encode_entry, invalid
 from diloco.journal import Journal, entry_key
 
-ROUND_TRIP = 0.15
+ROUND_TRIP = 1.0
 create = Journal.append
 
 
