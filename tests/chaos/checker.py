@@ -66,12 +66,12 @@ class Checker:
 
     def entry(self, data: bytes) -> None:
         before, seq = self.state, len(self._hashes)
+        self._hashes.append(entry_hash(data))
         try:
             self.state = fold(before, data)
         except JournalError as error:
             self.wrong(f"entry {seq}: {error}")
             return
-        self._hashes.append(entry_hash(data))
         entry = json.loads(data)
         if entry["kind"] == "rewind":
             self.wrong(f"entry {seq}: the run went back to {entry['checkpoint']}, and committed rounds are lost")

@@ -30,7 +30,8 @@ def test_a_broken_commit_rule_is_found(tmp_path: Path) -> None:
     """The member that is to append sleeps between the result and the entry; the others append, and it writes over it."""
     faults = [Fault(3.0 + 12.0 * i, FREEZE, ("a",), HELD, 7.0, after=0.3) for i in range(4)]
     drill = chaos(tmp_path, 1.0, faults, regions=3, ranks=1, module="tests.chaos.overwriting")
-    assert any("is another one than before" in text for text in drill.violations), (tmp_path / "chaos.log").read_text()
+    found = " ".join(drill.violations)  # whichever entry is looked at first
+    assert "is another one than before" in found or "does not follow" in found, (tmp_path / "chaos.log").read_text()
 
 
 def test_a_third_of_the_regions_is_killed_at_one_instant(cluster: Cluster) -> None:
