@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from ckpt.checkpoint import DamagedError, verify
 from ckpt.store import StoreError
+from diloco.checkpoints import go_back, save_bits
 from diloco.fragments import digest
+from diloco.journal import Journal, say
+from diloco.losing import Search
 from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
 from diloco.planes import Bits
@@ -28,51 +32,69 @@ AGAIN = 0.5
 
 
 def find_bits(trainer: Trainer, entry: dict[str, Any]) -> Bits | None:
-    """A committed round's, in this rank's slice, however long that takes: who has been cut off finds bits dropped that newer
-    checkpoints hold, and no member to ask. None: a newer state of the fragment was taken instead, or this region is asked to
-    leave. Collective."""
-    while True:
-        try:
-            return bits_of(trainer, entry)
-        except OSError as error:
-            reason = str(error)
-        source = on_rank_0(trainer.region, lambda: _newer(trainer, entry, reason))  # noqa: B023
-        if source == ["leaving"]:
+    """A committed round's, in this rank's slice, however long that takes. None: a rewind or the end of the run has made
+    them needless, or this region is asked to leave. Collective."""
+    data = trainer.links.exchanger.result(entry["attempt"])
+    search = Search(entry["seq"], trainer.cfg.ckpt.lost_wait)
+    journal = Journal(trainer.links.store)  # of its own: what the coordinator's reads, it passes on
+    while data is None and (data := fetch_bits(trainer, entry)) is None:
+        verdict = on_rank_0(trainer.region, lambda: _verdict(trainer, search, journal, entry["fragment"]))
+        if isinstance(verdict, list) and leap(trainer, entry, verdict):
+            return None
+        if verdict == "over":
             trainer.behind = True
             return None
-        if source and leap(trainer, entry, source):
-            return None
+    return Bits(entry["fragment"], len(entry["answers"]), data)
 
 
-def _newer(trainer: Trainer, entry: dict[str, Any], reason: str) -> list[str]:
-    """Rank 0: where parameters are that hold the round already: a member's endpoints, or a checkpoint's prefix alone. Nowhere:
-    after a little wait, which is progress."""
-    control, checkpoints = trainer.links.control, trainer.links.checkpoints
-    if control is not None:
-        control.pulse.out(ENTRIES)
-        if control.leaving:
-            return ["leaving"]
-    fragment, seq = entry["fragment"], entry["seq"]
+def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) -> str | list[str]:
+    """Rank 0: says in the journal what is to be said, and waits a little, which is progress. wait, over, or where parameters
+    are that hold the round already: a member's endpoints, or a checkpoint's prefix alone."""
+    links = trainer.links
+    if links.control is not None:
+        links.control.pulse.out(ENTRIES)
+        if links.control.leaving:
+            return "over"
+    try:
+        journal.read()
+        assert journal.state is not None
+        move = search.move(journal.state, time.monotonic())
+        if move != "over" and (newer := _ahead(trainer, search.round, fragment)):
+            return newer
+        if move == "lost":
+            say(journal, {"kind": "lost", "round": search.round, "member": links.member})
+        elif move == "rewind":
+            go_back(links.member, links.checkpoints, journal, search.round)
+    except StoreError as error:
+        print(f"{links.member}: {error}; trying again", flush=True)
+        move = "wait"
+    time.sleep(AGAIN)
+    return "over" if move == "over" else "wait"
+
+
+def _ahead(trainer: Trainer, seq: int, fragment: int) -> list[str]:
+    """Whose parameters hold round `seq`: a member that answers, or a checkpoint, for which bits are not kept. Nothing is lost
+    then. Raises StoreError."""
+    blocks = trainer.fragments[fragment].blocks
     for donor in _others(trainer):
         try:
-            pieces = fetch(trainer.links.node, [donor], trainer.fragments[fragment].blocks, "theta", fragment, 0, 1)
+            pieces = fetch(trainer.links.node, [donor], blocks, "theta", fragment, 0, 1)
         except OSError:
             continue
         if pieces[0].base >= seq:
             return list(donor)
-    with suppress(OSError, DamagedError):  # the store is away, or this checkpoint was pruned just now
-        for manifest in checkpoints.candidates():
-            if manifest["seq"] >= seq and manifest["epoch"] == trainer.state.epoch:
+    checkpoints = trainer.links.checkpoints
+    for manifest in checkpoints.candidates():
+        if manifest["seq"] >= seq and manifest["epoch"] == trainer.state.epoch:
+            with suppress(DamagedError):  # or pruned just now
                 verify(checkpoints.store, manifest)
                 return [manifest["prefix"]]
-    print(f"{trainer.links.member}: {reason}; trying again", flush=True)
-    time.sleep(AGAIN)
     return []
 
 
 def leap(trainer: Trainer, entry: dict[str, Any], source: list[str]) -> bool:
-    """Over rounds whose bits are not kept any more: a fragment's theta and moments as a member or a checkpoint has them, and
-    what this region did since its own theta on top. False: that did not give one state; look again. Collective."""
+    """Over rounds whose bits are not kept any more: a fragment's θ and moments as a member or a checkpoint has them, and what
+    this region did since its own θ on top. False: that did not give one state; look again. Collective."""
     f, bases, flats = entry["fragment"], {-1}, list[Tensor]()
     stored = source[0].startswith("checkpoints/")
     try:
@@ -99,8 +121,8 @@ def leap(trainer: Trainer, entry: dict[str, Any], source: list[str]) -> bool:
 
 
 def fetch_fragment(trainer: Trainer, donors: list[tuple[str, ...]], f: int) -> tuple[set[int], list[Tensor]]:
-    """This rank's slices of theta and moments, and the seqs of the last rounds in their blocks: not to be used if they are
-    several. Raises OSError."""
+    """This rank's slices of θ and moments, and the seqs of the last rounds in their blocks: none if it has no blocks, and not
+    to be used if they are several. Raises OSError."""
     blocks, own = trainer.fragments[f].blocks, trainer.planes.slices[f]
     fetched = [fetch(trainer.links.node, donors, blocks, plane, f, *own) for plane in trainer.planes.names]
     flats = [torch.cat([torch.empty(0), *(p.data.view(torch.float32) for p in pieces)]) for pieces in fetched]
@@ -111,15 +133,35 @@ def _others(trainer: Trainer) -> list[tuple[str, ...]]:
     return [m.endpoints for m in trainer.state.members.values() if m.id != trainer.links.member]
 
 
-def bits_of(trainer: Trainer, entry: dict[str, Any]) -> Bits:
-    """A committed round's, in this rank's slice. Raises OSError if nobody has them. Collective."""
-    held = trainer.links.exchanger.result(entry["attempt"])
-    data = fetch_bits(trainer, entry) if held is None else held
-    return Bits(entry["fragment"], len(entry["answers"]), data)
+def answer_lost(trainer: Trainer, seq: int) -> None:
+    """Somebody cannot get a round's bits. If this region has them: `have`, and into the store with them, in the background. If
+    it has parameters that hold them, its next checkpoint does instead, at once. Collective."""
+    bits, attempt = trainer.planes.bits.get(seq), trainer.stored.get(seq)
+    links, state = trainer.links, trainer.state
+    if bits is None or attempt is None:
+        if trainer.in_step and not trainer.behind:
+            if trainer.region.rank == 0:
+                _have(trainer, seq)
+            trainer.save(mine=True)
+        return
+
+    def upload() -> None:
+        try:
+            if trainer.region.rank == 0:
+                _have(trainer, seq)
+            save_bits(links.store, state.run, attempt, *trainer.planes.slices[bits.fragment], bits.data)
+        except OSError as error:  # who needs them asks again
+            print(f"{links.member}: the bits of journal entry {seq} were not stored: {error}", flush=True)
+
+    threading.Thread(target=upload, name="upload", daemon=True).start()
 
 
-def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor:
-    """Those of a round that this region took no part in: from a member, else from the store. Raises OSError. Collective."""
+def _have(trainer: Trainer, seq: int) -> None:
+    say(Journal(trainer.links.store), {"kind": "have", "round": seq, "member": trainer.links.member})
+
+
+def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor | None:
+    """Those of a round that this region took no part in: from a member, else from the store. None: from neither. Collective."""
     f, members = entry["fragment"], len(entry["answers"])
     donors = _others(trainer)
     blocks, (first, last) = trainer.fragments[f].blocks, trainer.planes.slices[f]
@@ -132,16 +174,15 @@ def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor:
     digests = b"" if bits is None else trainer.averaging.digests(f, first, last, bits, members)
     whole = digest(b"".join(trainer.region.gather_bytes(digests)))
     if bits is None or whole != entry["digest"]:
-        raise OSError(f"the bits of journal entry {entry['seq']} are neither with a member nor in the store")
+        return None
     return bits
 
 
 def _stored(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> Tensor | None:
-    """On this rank; the others go on to agree, whatever the store says here."""
     size = partial(trainer.averaging.result_size, entry["fragment"], members=len(entry["answers"]))
     try:
         return trainer.links.checkpoints.load_bits(entry["attempt"], first, last, size)
-    except StoreError as error:
+    except StoreError as error:  # away, or pruned just now: the caller looks again
         print(f"{trainer.links.member}: {error}", flush=True)
         return None
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard
+from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard, verify
 from ckpt.store import Store, StoreError
+from diloco.errors import ConfigError
 from diloco.fold import State, counters
 from diloco.inner import Inner
+from diloco.journal import Journal, entries_of
+from diloco.lineage import belongs, on_path, origin, path_of, rounds_after
 from diloco.parallel import Region
 from diloco.planes import Planes
 from diloco.shards import Select, Shards
+from diloco.slices import load_slices, spans
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL = "residual"
@@ -42,6 +45,8 @@ class Checkpoints:
             "cursor": 0,
             "applied": 0,
             "dropped": 0,
+            "rejected": 0,
+            "skipped": 0,
             "pool": [],
             "fragments": [{} for _ in planes.fragments],
         }
@@ -52,12 +57,25 @@ class Checkpoints:
         """The state after entry `state.seq`: every fragment's planes are those of `state`."""
         body = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
         prefix = self._save(f"{self.root}/{state.seq}", f"{member}-r", body, _global_pieces(planes))
-        self._prune(self.root)
+        self._prune(self.root, spare=origin(state.checkpoint))
         return prefix
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Manifests that load, newest first; a damaged one is reported and passed over. Rank 0 asks."""
         return newest(self.store, self.root, _report)
+
+    def newest_whole(self, manifests: Iterable[dict[str, Any]], entries: Sequence[bytes]) -> dict[str, Any] | None:
+        """The first that is on the path to the journal's head, and whose every byte verifies. Rank 0 asks."""
+        path = path_of(entries)
+        for manifest in manifests:
+            if belongs(manifest, entries) and on_path(manifest["seq"], path):
+                try:
+                    verify(self.store, manifest)
+                except DamagedError as error:
+                    _report(manifest["prefix"], error)
+                else:
+                    return manifest
+        return None
 
     def load(self, manifest: dict[str, Any], planes: Planes) -> None:
         """This rank's slices of θ and momentum."""
@@ -116,20 +134,13 @@ class Checkpoints:
 
     def load_bits(self, attempt: str, first: int, last: int, size: Callable[[int, int], int]) -> Tensor | None:
         """Blocks [first, last) from whatever slices there are; None if some are missing. size(a, b): bytes of [a, b)."""
-        parts, at = [], first
-        for a, b in sorted(tuple(map(int, key.split("/")[-1].split("-"))) for key in self._bits(attempt)):
-            if a <= at < min(b, last):
-                stop = min(b, last)
-                data = self.store.read(f"{self.bits_root}/{attempt}/{a}-{b}", size(a, at), size(a, stop))
-                parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-                at = stop
-        return torch.cat([torch.empty(0, dtype=torch.uint8), *parts]) if at == last else None
+        return load_slices(self.store, f"{self.bits_root}/{attempt}", first, last, size)
 
     def has_bits(self, attempt: str, blocks: int) -> bool:
         """Whether all blocks of the attempt's result are stored."""
         at = 0
-        for a, b in sorted(tuple(map(int, key.split("/")[-1].split("-"))) for key in self._bits(attempt)):
-            at = b if a <= at else at
+        for a, b in spans(self.store, f"{self.bits_root}/{attempt}"):
+            at = max(at, b) if a <= at else at
         return at >= blocks
 
     def drop_bits(self, stored: dict[int, str]) -> dict[int, str]:
@@ -174,12 +185,13 @@ class Checkpoints:
         keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
         return sorted(int(key.split("/")[-2]) for key in keys)
 
-    def _prune(self, root: str) -> None:
-        """Keeps the first and the last `keep`; the manifest goes first, so that nothing half there looks whole."""
+    def _prune(self, root: str, spare: int = 0) -> None:
+        """Keeps the first, the last `keep`, and the one that a region may still have to rewind to. The manifest goes first, so
+        that nothing half there looks whole."""
         if self.region.rank != 0:
             return
         with _left_for_later():
-            for number in [n for n in self._numbers(root)[: -self.keep] if n != 0]:
+            for number in [n for n in self._numbers(root)[: -self.keep] if n not in (0, spare)]:
                 self.store.delete(f"{root}/{number}/manifest.json")
                 for key in self.store.list(f"{root}/{number}/"):
                     self.store.delete(key)
@@ -192,6 +204,32 @@ def save_bits(store: Store, run: str, attempt: str, first: int, last: int, bits:
 
 def _bits_root(run: str) -> str:
     return f"rounds/{run}"
+
+
+def go_back(member: str, checkpoints: Checkpoints, journal: Journal, lost: int) -> None:
+    """Appends a `rewind` to the newest checkpoint, since nobody has the bits of round `lost`; unless another entry is first.
+    Raises ConfigError if there is no whole checkpoint. Rank 0."""
+    assert journal.state is not None
+    entries = entries_of(journal.store, journal.state.seq)
+    if (manifest := checkpoints.newest_whole(checkpoints.candidates(), entries)) is None:
+        raise ConfigError(none_whole(checkpoints.store.url))
+    rounds = len(rounds_after(entries, manifest["seq"]))
+    print(
+        f"{member}: {rounds} round(s) were committed after the newest checkpoint, and the bits of entry {lost} are neither in "
+        f"the store nor with a member that answers: going back to entry {manifest['seq']}",
+        flush=True,
+    )
+    journal.append(rewind_to(manifest, "lost"))
+
+
+def rewind_to(manifest: dict[str, Any], reason: str, skip_data: bool = False) -> dict[str, Any]:
+    """The fields of a `rewind`. reason: lost, or by hand."""
+    there = {"checkpoint": manifest["prefix"], "counters": manifest["counters"]}
+    return {"kind": "rewind", "reason": reason, "skip_data": skip_data, **there}
+
+
+def none_whole(url: str) -> str:
+    return f"run.store={url} has no checkpoint that is whole: restore one, or set run.dir to a new directory"
 
 
 @contextmanager

@@ -80,6 +80,9 @@ class CkptConfig:
     durable: bool = True
     """Store a round's bits before it is committed: then nothing committed is ever lost, at one upload of the encoded
     parameters per round. false: if every region dies at once, the run goes back to the newest checkpoint."""
+    lost_wait: float = 30.0
+    """Seconds that a region which cannot get a round's bits leaves to whoever has them, before the run goes back to a
+    checkpoint."""
     resume: str = "auto"
     """auto: go on from the newest state of the run if there is one; never: refuse to."""
 
@@ -265,6 +268,10 @@ def _validate_run(cfg: Config) -> None:
         raise ConfigError(f"ckpt.resume={cfg.ckpt.resume} is not known: set it to auto or never")
     if cfg.ckpt.every < 1 or cfg.ckpt.keep < 1:
         raise ConfigError(f"ckpt.every={cfg.ckpt.every} and ckpt.keep={cfg.ckpt.keep} must be at least 1: raise them")
+    if cfg.ckpt.lost_wait < 5:
+        raise ConfigError(
+            f"ckpt.lost_wait={cfg.ckpt.lost_wait} is too short for who has the bits to say so: set it to at least 5 seconds"
+        )
 
 
 def _validate_places(cfg: Config) -> None:
@@ -360,6 +367,10 @@ def _validate_outer(cfg: Config) -> None:
         )
     if not 0 <= outer.momentum < 1 or outer.lr <= 0:
         raise ConfigError(f"outer.lr={outer.lr} and outer.momentum={outer.momentum}: set lr > 0 and 0 <= momentum < 1")
+    if elastic.max_norm_ratio != 0 and not 1 < elastic.max_norm_ratio < 1e6:
+        raise ConfigError(
+            f"elastic.max_norm_ratio={elastic.max_norm_ratio}: set it to a number above 1, or 0 to reject no contribution"
+        )
     if not elastic.min_regions >= 1 or elastic.start_regions < elastic.min_regions:
         raise ConfigError(
             f"elastic.start_regions={elastic.start_regions} and elastic.min_regions={elastic.min_regions}: "

@@ -79,9 +79,8 @@ class RunLedger:
         state = self.state
         bases = tuple(fragment.base for fragment in state.fragments)
         first = state.rounds == self._rounds_at_start
-        return rounds.View(
-            state.seq, state.epoch, bases, tuple(sorted(state.members)), state.stopped is not None, first
-        )
+        members, stopped = tuple(sorted(state.members)), state.stopped is not None
+        return rounds.View(state.seq, state.epoch, bases, members, stopped, first, state.rules)
 
     def endpoints(self) -> dict[str, str]:
         return {m.id: m.endpoints[0] for m in self.state.members.values()}
@@ -89,8 +88,8 @@ class RunLedger:
     def data(self) -> dict[str, tuple[str, ...]]:
         return {m.id: m.data for m in self.state.members.values()}
 
-    def weight(self, answer: dict[str, Any]) -> float:
-        return self.state.weight(answer)
+    def weights(self, fragment: int, answers: Sequence[dict[str, Any]]) -> list[float]:
+        return self.state.weights(fragment, answers)
 
     def closing(self) -> dict[str, Any] | None:
         reason = self.state.finished
@@ -125,6 +124,14 @@ class Limits:
     """The same while there is nobody to sync with, or the store is away."""
 
 
+def expelled(region: str) -> str:
+    """The sentence for a region that is out of the run."""
+    return (
+        f"{region} is expelled from this run: take it in again with python -m diloco.journal admit RUN {region}, or give "
+        "region.name another name"
+    )
+
+
 class Control:
     """Turns the coordinator's commands and the loop's status into the next order."""
 
@@ -137,7 +144,7 @@ class Control:
         """Set by a signal handler: why this region wants to leave."""
         self.waited = 0.0
         """Seconds in which the region neither trained nor evaluated."""
-        self._told = False
+        self._told = self._paused = False
         self._asks: list[rounds.Ask] = []
         self._announced: tuple[int, int, int] | None = None
         """(fragment, epoch, base) of the boundary that the coordinator knows of."""
@@ -153,9 +160,9 @@ class Control:
         if self.leaving or state.stopped is not None:
             return Order(end=state.stopped or self.leaving)
         if self.member not in state.members:
-            return Order(end=f"{self.member} is not a member any more: its region joined again, or its leases expired")
-        fragment = self._wanted(state, status)
-        may_step = fragment is None and self._may_step(state, status)
+            return self._out(state)
+        fragment = None if state.paused else self._wanted(state, status)
+        may_step = fragment is None and not state.paused and self._may_step(state, status)
         busy = may_step or fragment is not None
         self._explain(state, waiting=not busy)
         commands = self.coordinator.take(0.0 if busy else 0.5)
@@ -170,8 +177,19 @@ class Control:
             return Order(ask=(fragment, state.epoch, state.fragments[fragment].base))
         return Order(step=may_step)
 
+    def _out(self, state: State) -> Order:
+        region = self.member.rpartition("_")[0]
+        if region in state.expelled:
+            return Order(end=expelled(region), clean=False)
+        return Order(end=f"{self.member} is not a member any more: its region joined again, or its leases expired")
+
     def _explain(self, state: State, waiting: bool) -> None:
-        """Says once why nothing happens: too few regions for a round, or for the run to begin."""
+        """Says once why nothing happens: a pause, or too few regions for a round, or for the run to begin."""
+        if state.paused != self._paused:
+            self._paused = state.paused
+            print(f"{self.member}: {'the run is paused, waiting' if state.paused else 'the run goes on'}", flush=True)
+        if state.paused:
+            return
         begun = state.ledger.cursor > 0
         lonely = waiting and (not begun or self.coordinator.lonely())
         if lonely and not self._told:

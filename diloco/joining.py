@@ -20,7 +20,7 @@ from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints
 from diloco.config import Config, build_security, store_url
-from diloco.control import Control, Limits, Order, RunLedger
+from diloco.control import Control, Limits, Order, RunLedger, expelled
 from diloco.errors import ConfigError
 from diloco.exchanging import Setup, published
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
@@ -140,6 +140,7 @@ def settings_of(cfg: Config) -> Settings:
         ahead=max_local_steps(cfg) + cfg.outer.sync_every + cfg.outer.max_overlap_steps,
         lease_rounds=cfg.elastic.lease_rounds,
         start_regions=cfg.elastic.start_regions,
+        max_norm_ratio=cfg.elastic.max_norm_ratio,
     )
 
 
@@ -202,13 +203,13 @@ def _check(cfg: Config, state: State, mine: dict[str, Any]) -> None:
                 f"{where} is of another kind, {_MEANS.get(key, key)} is {value} there and {mine.get(key)} here: use its "
                 "settings, or set run.dir to a new directory"
             )
+    if cfg.region.name in state.expelled:
+        raise ConfigError(f"region.name={expelled(cfg.region.name)}")
     if state.stopped is not None:
         raise ConfigError(f"{where} has ended ({state.stopped}): set run.dir to a new directory")
     for key, value in asdict(settings_of(cfg)).items():
         if getattr(state.settings, key) != value:
-            print(
-                f"warning: {key}={value} is ignored, the run was opened with {getattr(state.settings, key)}", flush=True
-            )
+            print(f"warning: {key}={value} is ignored, the run goes by {getattr(state.settings, key)}", flush=True)
 
 
 # The network
@@ -310,6 +311,8 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str], dat
             new = journal.read()
         for entry in _spread(trainer, new):
             trainer.apply(entry)
+            if not joined and trainer.cfg.region.name in trainer.state.expelled:
+                raise ConfigError(f"region.name={expelled(trainer.cfg.region.name)}")
             joined = joined or trainer.links.member in trainer.state.members  # once: who was succeeded stays out
     trainer.resume_samples()
 

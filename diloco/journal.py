@@ -1,12 +1,11 @@
 """The journal is the run: a log of entries in its store, created only if absent. `docs/protocol.md` has the rules.
 
-`python -m diloco.journal show RUN` lists it.
+`python -m diloco.journal VERB RUN` reads and steers a run: see `diloco.desk`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Protocol
 
@@ -59,45 +58,53 @@ class Journal:
         return self.store.create(entry_key(self.next_seq), data)
 
 
-def describe(data: bytes) -> str:
-    """One line about an entry, for people."""
+def entries_of(store: Store, last: int) -> list[bytes]:
+    """The entries 0 to `last`."""
+    return [store.read(entry_key(seq)) for seq in range(last + 1)]
+
+
+def say(journal: Journal, fields: Entry) -> str | None:
+    """Appends an entry that is no round, again after each lost race. Returns why it is not valid (any more), or None. Raises
+    OSError if the store is away."""
+    while True:
+        journal.read()
+        if journal.state is not None and (reason := invalid(journal.state, fields)):
+            return reason
+        if journal.append(fields):
+            return None
+
+
+def describe(data: bytes, before: State | None = None) -> str:
+    """One line about an entry, for people. before: the state that it follows."""
     entry = json.loads(data)
     kind = entry["kind"]
     if kind == "round":
-        who = ", ".join(answer["member"] for answer in entry["answers"])
+        out = before.rejected(entry["fragment"], entry["answers"]) if before else frozenset()
+        who = ", ".join(a["member"] + (" (weight 0)" if a["member"] in out else "") for a in entry["answers"])
         tokens = sum(answer["tokens"] for answer in entry["answers"])
         text = f"fragment {entry['fragment']} · {tokens:,} tokens · {who} · pseudo-gradient {entry['digest'][:12]}"
     elif kind == "open":
         text = f"run {entry['run']} · θ₀ in {entry['checkpoint']} · H={entry['settings']['sync_every']}"
     elif kind == "join":
         text = f"{entry['member']} · {len(entry['endpoints'])} rank(s) · {entry['samples_per_step']} samples a step"
+    elif kind == "set":
+        changes = entry.get("settings") or {k: entry[k] for k in ("paused", "expel", "admit") if k in entry}
+        text = " · ".join(f"{key}={value}" for key, value in changes.items())
+    elif kind in ("lost", "have"):
+        text = f"the bits of entry {entry['round']} · {entry['member']}"
+    elif kind == "rewind":
+        text = f"{entry['checkpoint']} · {entry['reason']}{' · data skipped' if entry.get('skip_data') else ''}"
     else:
-        text = str(entry.get("member") or entry.get("reason") or entry.get("checkpoint"))
+        text = str(entry.get("member") or entry.get("reason"))
     return f"{entry['seq']:>6}  {kind:<7} {text}"
 
 
 def main(argv: list[str]) -> int:
-    """`python -m diloco.journal show RUN`: RUN is a run directory or the URL of a store."""
+    """`python -m diloco.journal VERB RUN ...`: RUN is a run directory or the URL of a store. Exit code 1: something about the
+    run is wrong; 2: the command is."""
+    from diloco.desk import serve
 
-    from ckpt.store import Store as RunStore
-
-    if len(argv) != 2 or argv[0] != "show":
-        print(
-            "usage: python -m diloco.journal show RUN (a run directory, or the URL of a run's store)", file=sys.stderr
-        )
-        return 2
-    inside = os.path.join(argv[1], "store")
-    store = RunStore(inside if os.path.isdir(inside) else argv[1])
-    journal = Journal(store)
-    if not store.exists(entry_key(0)):
-        print(f"RUN={argv[1]} holds no journal: name a run directory or the URL of a run's store", file=sys.stderr)
-        return 2
-    for data in journal.read():
-        print(describe(data))
-    state = journal.state
-    assert state is not None
-    print(f"rounds {state.rounds} · tokens {state.tokens:,} · epoch {state.epoch} · {state.stopped or 'not stopped'}")
-    return 0
+    return serve(argv)
 
 
 if __name__ == "__main__":

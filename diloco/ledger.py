@@ -1,6 +1,6 @@
 """Who trains on which samples: leases on ranges of the endless, permuted sample order. Pure.
 
-Indices below `cursor` have been handed out. Always: cursor = applied + dropped + leased + returned (`pool`).
+Indices below `cursor` have been handed out. Always: cursor = applied + dropped + rejected + skipped + leased + returned (`pool`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class Ledger:
     applied: int = 0
     dropped: int = 0
     """Samples of committed rounds whose work `outer.merge=mix` threw away."""
+    rejected: int = 0
+    """Samples of contributions that had no weight in their round, because of their norm."""
+    skipped: int = 0
+    """Samples that a `rewind` with skip_data passed over."""
     pool: tuple[Returned, ...] = ()
 
     def grant(self, region: str, samples: int) -> tuple[Ledger, tuple[Lease, ...]]:
@@ -67,14 +71,21 @@ class Ledger:
         back = tuple(Returned(region, lease.applied, lease.stop) for lease in leases if lease.left)
         return replace(self, pool=self.pool + back)
 
+    @property
+    def handled(self) -> int:
+        """Samples that will not be trained on again."""
+        return self.applied + self.dropped + self.rejected + self.skipped
+
     def apply(
-        self, leases: tuple[Lease, ...], used: dict[int, int], seq: int, dropped: int = 0
+        self, leases: tuple[Lease, ...], used: dict[int, int], seq: int, dropped: int = 0, rejected: bool = False
     ) -> tuple[Ledger, tuple[Lease, ...], int]:
         """Marks samples as applied by the round at `seq`, once. used: lease id -> index below which the contribution used
-        its samples; dropped: how many of them count as dropped instead, if there are so many. Returns the ledger, the
-        leases, those that are used up among them, and how many samples were new."""
+        its samples; dropped: how many of them count as dropped instead, if there are so many; rejected: all of them count
+        as that. Returns the ledger, the leases, those that are used up among them, and how many samples were new."""
         done = tuple(_used(lease, used.get(lease.id, 0), seq) for lease in leases)
         count = sum(new.applied - old.applied for new, old in zip(done, leases, strict=True))
+        if rejected:
+            return replace(self, rejected=self.rejected + count), done, count
         lost = min(dropped, count)
         return replace(self, applied=self.applied + count - lost, dropped=self.dropped + lost), done, count
 
@@ -122,6 +133,14 @@ class LeaseReader:
     def pending(self) -> int:
         """Samples that were taken and are in no committed round yet."""
         return sum(self.used[x.id] - x.applied for x in self._leases)
+
+    def forget(self, claimed: Iterable[Iterable[int]] = ()) -> None:
+        """The work on samples that are in no committed round is gone: they are taken again, but those that contributions
+        in flight hold. claimed: what the answers said of these."""
+        held = dict.fromkeys(self.used, 0)
+        for lease, upto in map(tuple, claimed):
+            held[lease] = max(held.get(lease, 0), upto)
+        self.used = {x.id: max(x.applied, held[x.id]) for x in self._leases}
 
     def claims(self) -> list[list[int]]:
         """[[lease id, used up to]]: what an answer says of the samples behind it."""

@@ -6,7 +6,7 @@ x: local parameters, theta: the global ones, s: the snapshot that the contributi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,6 +24,15 @@ class Snapshot:
     """s"""
     contribution: Contribution
     stamp: Stamp
+    claims: list[list[int]] = field(default_factory=list)
+    """What the answer said of the samples behind it: [[lease id, used up to]]."""
+
+    def restarted(self, theta: Tensor) -> Snapshot:
+        """After a reset of the local parameters to theta: the contribution stands, and what the region does from now on
+        counts from theta."""
+        residual = self.contribution.residual
+        self.contribution.residual = None if residual is None else residual.clone()  # the plane is zeroed
+        return Snapshot(self.key, theta.clone(), self.contribution, replace(self.stamp, steps=0, tokens=0), self.claims)
 
 
 def progress(x: Tensor, since: Tensor) -> Tensor:

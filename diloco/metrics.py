@@ -114,6 +114,8 @@ class RoundRecord:
     """Inner steps between this region's snapshot and its merge; 0 also if the round does not hold its contribution."""
     dropped: int = 0
     """Tokens that count as dropped in this round (`outer.merge=mix`), of all members."""
+    rejected: tuple[str, ...] = ()
+    """Members whose contribution had no weight, because of its norm."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ def round_line(r: RoundRecord) -> str:
         ", ".join(r.members),
         f"{count(r.tokens)} tokens",
         f"{count(r.dropped)} tokens dropped" if r.dropped else "",
+        f"weight 0: {', '.join(r.rejected)} (norm)" if r.rejected else "",
         f"up {size(r.bytes_up)}, down {size(r.bytes_down)}",
         f"exchange {r.exchange_seconds:.2f} s",
         f"overlap {r.overlap} steps" if r.overlap else "",

@@ -146,6 +146,7 @@ class Reporter:
             digest,
             overlap,
             (state.ledger.dropped - before.ledger.dropped) * state.settings.seq_len,
+            tuple(sorted(before.rejected(entry["fragment"], entry["answers"]))),
         )
         self.metrics.record(record)
         print(round_line(record), flush=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from typing import Any
 
-from ckpt.checkpoint import DamagedError, verify
-from diloco.bits import bits_of, fetch_fragment
-from diloco.checkpoints import Checkpoints
+from diloco.bits import AGAIN, fetch_fragment, find_bits
+from diloco.checkpoints import go_back, none_whole
 from diloco.errors import ConfigError
-from diloco.fold import State, entry_hash, fold, fold_all
+from diloco.fold import State, fold
 from diloco.journal import Journal
+from diloco.lineage import rounds_after
+from diloco.losing import Search
 from diloco.parallel import on_rank_0
 from diloco.trainer import Trainer
 from elastic.node import Node
@@ -31,8 +31,10 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
         return False
     if (manifest := choice["manifest"]) is not None:
         links.checkpoints.load(manifest, trainer.planes)
-        for before, entry in _rounds_after(entries, max(manifest["seq"], trainer.state.epoch)):
-            trainer.outer_step(before, entry, bits_of(trainer, entry))
+        for before, entry in rounds_after(entries, manifest["seq"]):
+            if (bits := find_bits(trainer, entry)) is None:
+                return False
+            trainer.outer_step(before, entry, bits)
             trainer.stored[entry["seq"]] = entry["attempt"]
     trainer.adopt()
     _restore_own(trainer, choice["own"], choice["exact"])
@@ -41,18 +43,6 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
         inner = f"inner state of entry {choice['own']['seq']}" if choice["own"] else "fresh inner state"
         print(f"{links.member}: state after {trainer.state.rounds} rounds from {source}, {inner}", flush=True)
     return True
-
-
-def _rounds_after(entries: list[bytes], seq: int) -> list[tuple[State, dict[str, Any]]]:
-    """The rounds after entry `seq`, each with the state that it was committed on."""
-    state, found = fold_all(entries[: seq + 1]), []
-    for data in entries[seq + 1 :]:
-        entry = json.loads(data)
-        assert state is not None
-        if entry["kind"] == "round":
-            found.append((state, entry))
-        state = fold(state, data)
-    return found
 
 
 def _restore_own(trainer: Trainer, own: dict[str, Any] | None, exact: bool) -> None:
@@ -70,54 +60,39 @@ def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[st
     if new:
         return choice
     state, checkpoints = trainer.state, trainer.links.checkpoints
-    own = _newest_whole(checkpoints, checkpoints.own(trainer.cfg.region.name), state, entries)
+    own = checkpoints.newest_whole(checkpoints.own(trainer.cfg.region.name), entries)
     choice["own"] = own
     choice["exact"] = own is not None and own["seq"] >= max(fragment.base for fragment in state.fragments)
     choice["donors"] = _alive(trainer.links.node, state)
     if not choice["donors"]:
-        choice["manifest"] = manifest = _newest_whole(checkpoints, checkpoints.candidates(), state, entries)
+        choice["manifest"] = manifest = checkpoints.newest_whole(checkpoints.candidates(), entries)
         if manifest is None:
-            raise ConfigError(
-                f"run.store={checkpoints.store.url} has no checkpoint that is whole: restore one, or set run.dir to a new "
-                "directory"
-            )
-        since = _rounds_after(entries, max(manifest["seq"], state.epoch))
-        blocks = [fragment.blocks for fragment in trainer.fragments]
-        if not all(checkpoints.has_bits(entry["attempt"], blocks[entry["fragment"]]) for _, entry in since):
-            choice["entries"] = _go_back(trainer.links.member, journal, manifest, len(since))
+            raise ConfigError(none_whole(checkpoints.store.url))
+        for _, entry in rounds_after(entries, manifest["seq"]):
+            if new := _wait_for_bits(trainer, journal, entry):
+                choice["entries"] = new
+                break
     return choice
 
 
-def _go_back(member: str, journal: Journal, manifest: dict[str, Any], rounds: int) -> list[str]:
-    print(
-        f"{member}: {rounds} round(s) were committed after the newest checkpoint, and their bits are neither in the store "
-        f"nor with a member that can be reached: going back to entry {manifest['seq']}",
-        flush=True,
-    )
-    journal.append({"kind": "rewind", "checkpoint": manifest["prefix"], "counters": manifest["counters"]})
-    return [entry.decode() for entry in journal.read()]
-
-
-def _on_this_path(manifest: dict[str, Any], state: State, entries: list[bytes]) -> bool:
-    """Whether the manifest's entry is in this journal and its state one that the current epoch builds on."""
-    seq, origin = manifest["seq"], int(state.checkpoint.rsplit("/", 1)[-1])
-    known = seq == 0 or (seq < len(entries) and entry_hash(entries[seq]) == manifest["hash"])
-    return known and (seq > state.epoch or seq <= origin)
-
-
-def _newest_whole(
-    checkpoints: Checkpoints, manifests: Iterable[dict[str, Any]], state: State, entries: list[bytes]
-) -> dict[str, Any] | None:
-    """The first that belongs here and whose every byte verifies."""
-    for manifest in manifests:
-        if _on_this_path(manifest, state, entries):
-            try:
-                verify(checkpoints.store, manifest)
-            except DamagedError as error:
-                print(f"checkpoint {manifest['prefix']} is passed over: {error}", flush=True)
-            else:
-                return manifest
-    return None
+def _wait_for_bits(trainer: Trainer, journal: Journal, entry: dict[str, Any]) -> list[str]:
+    """Until the store has those of a round: there is no peer to ask, but somebody may hear the journal. Or until the journal
+    moves: its new entries."""
+    checkpoints, blocks = trainer.links.checkpoints, trainer.fragments[entry["fragment"]].blocks
+    search = Search(entry["seq"], trainer.cfg.ckpt.lost_wait)
+    while not checkpoints.has_bits(entry["attempt"], blocks):
+        assert journal.state is not None
+        move = search.move(journal.state, time.monotonic())
+        if move == "lost":
+            journal.append({"kind": "lost", "round": entry["seq"], "member": trainer.links.member})
+        elif move == "rewind":
+            go_back(trainer.links.member, checkpoints, journal, entry["seq"])
+        elif move == "over":
+            return []
+        if new := [data.decode() for data in journal.read()]:
+            return new
+        time.sleep(AGAIN)
+    return []
 
 
 def _alive(node: Node, state: State) -> list[tuple[str, ...]]:

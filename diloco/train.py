@@ -46,6 +46,7 @@ def run(cfg: Config) -> int:
     from diloco.fold import JournalError
     from diloco.joining import depart, join, leave_on_signals
     from diloco.parallel import open_region
+    from diloco.resetting import keep
     from diloco.trainer import Trainer
     from elastic.process import fork
 
@@ -59,6 +60,7 @@ def run(cfg: Config) -> int:
             join(trainer, stack, exchanges)
             leave_on_signals(trainer)
             order = trainer.train()
+            keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
         depart(trainer, order)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckpt.store import Store, StoreError
 from diloco.averaging import Averaging
-from diloco.bits import find_bits
+from diloco.bits import answer_lost, find_bits
 from diloco.checkpoints import Checkpoints
 from diloco.clock import Clock
 from diloco.codec import build_codec, compiles
@@ -32,6 +32,7 @@ from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
 from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Bits, Planes
 from diloco.report import Reporter
+from diloco.resetting import start_again
 from diloco.shards import Shards
 from elastic import rounds
 from elastic.coordinator import Coordinator
@@ -86,12 +87,14 @@ class Trainer:
         """Fragment -> what this region put into its round, which is in flight."""
         self.stored: dict[int, str] = {}
         """seq -> attempt of the rounds whose bits may be in the store."""
+        self.saved = 0
+        """The entry whose state was to be saved last."""
         self.at_theta: set[int] = set()
         """Fragments whose local parameters equal theta."""
+        self.behind = False
+        """The bits of a round could not be had: a rewind follows, or this region leaves."""
         self.taken: list[list[int]] = []
         """Before the first leases after a restart: ranges of samples that the local parameters have seen already."""
-        self.behind = False
-        """It leaves, and the planes lack a round of the state's."""
         self._digests: dict[tuple[str, int], tuple[int, str]] = {}
         """(plane, fragment) -> (base, digest) that was computed last."""
 
@@ -164,7 +167,7 @@ class Trainer:
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         """A boundary: snapshots the fragment, offers the pseudo-gradient to the exchange, and answers. Collective."""
         if self.behind or not self.in_step:
-            return  # theta is not that of the state: more entries come
+            return  # theta is not that of the state: the epoch ends, or more entries come
         key, theta = (epoch, fragment, base), self.planes.theta[fragment]
         flat = shared_zeros(theta.numel())
         if self.data_parallel:
@@ -176,22 +179,20 @@ class Trainer:
         seed = rounding_seed(self.cfg.run.seed, fragment, self.state.fragments[fragment].rounds, self.cfg.region.name)
         blocks = self.planes.slices[fragment]
         contribution = self.averaging.contribution(fragment, *blocks, minuend, subtrahend, residual, seed)
-        norm = math.sqrt(self.region.all_reduce_sum(contribution.squares()).item())
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"fragment {fragment} has parameters that are not finite: this region diverged and sends nothing; lower "
-                "inner.lr, or restart it to go on from the run's parameters"
-            )
+        norm: float | None = math.sqrt(self.region.all_reduce_sum(contribution.squares()).item())
+        if not math.isfinite(norm or 0.0):
+            norm = None
+            contribution = self.averaging.contribution(fragment, *blocks, theta, theta)  # zeros, and no weight
         self.links.exchanger.offer(key, contribution)
         stamp = self.clock.snapshot(fragment, self.state.sync_interval)
-        self.snapshots[fragment] = Snapshot(key, flat, contribution, stamp)
+        self.snapshots[fragment] = Snapshot(key, flat, contribution, stamp, self.reader.claims())
         answer = {
             "tokens": stamp.tokens,
             "steps": stamp.steps,
             "norm": norm,
             "theta": self.digest("theta", fragment),
             "momentum": digest("".join(self.digest(name, fragment) for name in self.planes.names[1:]).encode()),
-            "leases": self.reader.claims(),
+            "leases": self.snapshots[fragment].claims,
             "dropped": int(self.clock.dropped),
         }
         if self.links.coordinator is not None:
@@ -218,6 +219,8 @@ class Trainer:
         entry = json.loads(data)
         if entry["kind"] == "round":
             self.merge(before, entry)
+        elif entry["kind"] == "lost":
+            answer_lost(self, entry["round"])
         elif entry["kind"] == "rewind":
             self.reset()
 
@@ -226,11 +229,13 @@ class Trainer:
         f, seq = entry["fragment"], entry["seq"]
         self.stored[seq] = entry["attempt"]
         if self.planes.bases[f] >= seq or self.behind:
-            return  # these planes came from a peer or a checkpoint that had it already
+            return  # these planes came from a peer or a checkpoint that had it already, or a rewind follows
         if (bits := find_bits(self, entry)) is None:
-            return  # a newer state came instead
+            return  # a newer state came instead, or a rewind follows
         snapshot = self.snapshots.pop(f, None)
-        used = snapshot if self.links.member in [answer["member"] for answer in entry["answers"]] else None
+        out = before.rejected(f, entry["answers"])
+        counted = {answer["member"] for answer in entry["answers"]} - out
+        used = snapshot if self.links.member in counted else None
         if used is not None:
             self.settle(f, used)
         elif snapshot is None:
@@ -239,6 +244,8 @@ class Trainer:
         self.links.exchanger.decided((entry["epoch"], f, entry["base"]))
         overlap = 0 if used is None else self.clock.steps - used.stamp.at
         del snapshot, used  # its memory is wanted below
+        if self.links.member in out:
+            start_again(self)
         self.after_round(before, entry, squares, overlap)
 
     def settle(self, fragment: int, used: Snapshot) -> None:
@@ -273,7 +280,7 @@ class Trainer:
         """Theta and momentum after a round, from its bits in this rank's slice. before: the state that it was committed on.
         Returns the sum of the squares of the averaged pseudo-gradient there."""
         first, last = self.planes.slices[bits.fragment]
-        weights = [before.weight(answer) for answer in entry["answers"]]
+        weights = before.weights(bits.fragment, entry["answers"])
         decode = partial(self.averaging.decode_runs, bits.fragment, first, last, bits.data, weights)
         if self.data_parallel:
             return self.planes.step_adamw(entry["seq"], bits, decode(), adamw_of(self, before, entry, decode()))
@@ -283,6 +290,7 @@ class Trainer:
         """Everything as at the checkpoint that the epoch starts from; AdamW's moments afresh. Collective."""
         self.links.exchanger.forget()
         self.links.checkpoints.load_prefix(self.state, self.planes)
+        self.behind = False
         self.adopt()
 
     def adopt(self) -> None:
@@ -353,7 +361,7 @@ class Trainer:
             self.report.not_saved(self.state.seq, str(error))
 
     def _save(self, mine: bool) -> None:
-        checkpoints = self.links.checkpoints
+        checkpoints, self.saved = self.links.checkpoints, self.state.seq
         member = self.state.members.get(self.links.member)  # not one yet, if it has just come
         counted = 0 if member is None else member.dropped
         progress = {

@@ -45,7 +45,7 @@ class Ledger(Protocol):
         """The same of their ranks' exchanges."""
         ...
 
-    def weight(self, answer: Message) -> float: ...
+    def weights(self, fragment: int, answers: Sequence[Message]) -> list[float]: ...
     def closing(self) -> Message | None:
         """The entry that ends the run, if it is due."""
         ...
@@ -264,7 +264,11 @@ class Coordinator(threading.Thread):
         endpoints = self.ledger.data()
         if any(a["member"] not in endpoints for a in action.answers):
             return rounds.ExchangeFailed(action.attempt, frozenset())  # a member ended since this was decided
-        parties = tuple(Party(a["member"], endpoints[a["member"]], self.ledger.weight(a)) for a in action.answers)
+        weights = self.ledger.weights(action.fragment, action.answers)
+        parties = tuple(
+            Party(a["member"], endpoints[a["member"]], weight)
+            for a, weight in zip(action.answers, weights, strict=True)
+        )
         me = [party.member for party in parties].index(self.machine.me)
         shares = self._ownership(action.answers)
         self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, shares, me))

@@ -22,6 +22,8 @@ class View:
     stopped: bool = False
     first: bool = True
     """No round has been committed yet."""
+    rules: int = 0
+    """The newest entry that changed what the weights of a round depend on: older proposals are void."""
 
 
 @dataclass(frozen=True)

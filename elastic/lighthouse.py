@@ -48,6 +48,9 @@ class ElasticConfig:
     """Inner steps that a region may take beyond its boundary while it cannot sync; 0: 4 x outer.sync_every."""
     lease_rounds: int = 20
     """Rounds without a sign of a region after which its data leases return to the pool."""
+    max_norm_ratio: float = 10.0
+    """A contribution whose norm per inner step is more than this multiple of the median of the fragment's last ones gets no
+    weight, and its region starts again from the run's parameters; 0: none is rejected."""
     peer_timeout: float = 5.0
     """Seconds of silence on a control connection after which a peer is given up."""
     stall_timeout: float = 30.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,12 @@ def _integer(value: Any) -> int:
     return value
 
 
+def _norm(value: Any) -> None:
+    """None: not finite, and its sender knows."""
+    if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+        raise ValueError(f"{value!r} is not a norm")
+
+
 def check(message: Message) -> None:
     """Raises KeyError, TypeError or ValueError on what no member sends. What passes is safe to keep and to handle."""
     kind = message["type"]
@@ -49,10 +56,11 @@ def check(message: Message) -> None:
         if list(members) != sorted(set(members)):
             raise ValueError("a proposal's members are not a sorted set")
     for answer in message["answers"] if kind == "start" else [message["answer"]] if kind == "answer" else ():
-        for number in (answer["tokens"], answer.get("up", 0), answer.get("down", 0)):
+        for number in (answer["tokens"], answer.get("steps", 0), answer.get("up", 0), answer.get("down", 0)):
             _integer(number)
         for lease, upto in answer["leases"]:
             _integer(lease), _integer(upto)
+        _norm(answer.get("norm", 0.0))
         if not all(isinstance(answer[key], str) for key in ("member", "theta", "momentum")):
             raise TypeError("an answer's member and digests are not strings")
 

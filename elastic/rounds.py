@@ -101,8 +101,9 @@ class Rounds:
         yield from self._propose_all()
 
     def _current(self, proposal: Proposal) -> bool:
-        """Its members are still the run's."""
-        return self.view is not None and set(proposal.members) <= set(self.view.members)
+        """Its members are still the run's, and so are the rules that it goes by."""
+        view = self.view
+        return view is not None and set(proposal.members) <= set(view.members) and view.rules <= proposal.head
 
     # Proposing
 
@@ -317,6 +318,7 @@ class Rounds:
             yield SetAlarm(Alarm("append", fragment, flight.attempt), "patience")
 
     def _append(self, fragment: int, flight: Flight) -> Append:
+        assert flight.best is not None
         answers = [{k: v for k, v in a.items() if k not in ("theta", "momentum")} for a in flight.started]
         return Append(
             {
@@ -324,6 +326,7 @@ class Rounds:
                 "fragment": fragment,
                 "epoch": flight.epoch,
                 "base": flight.base,
+                "head": flight.best.head,
                 "attempt": flight.attempt,
                 "answers": answers,
                 "digest": flight.held[flight.attempt][self.me],

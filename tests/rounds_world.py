@@ -319,7 +319,8 @@ class World:
     def view(self, peer: Peer) -> View:
         state = self.states[peer.seen]
         bases = tuple(fragment.base for fragment in state.fragments)
-        return View(state.seq, state.epoch, bases, tuple(sorted(state.members)), False, state.rounds == peer.first)
+        members, first = tuple(sorted(state.members)), state.rounds == peer.first
+        return View(state.seq, state.epoch, bases, members, False, first, state.rules)
 
     # Exchanges
 
@@ -439,7 +440,10 @@ class World:
             self.cut(pair, self.links[pair])
         elif kind < 0.8 and self.transfers:
             self.fail(peer, self.random.choice(list(self.transfers)))
-        elif kind < 0.9:
+        elif kind < 0.85:  # by hand: voids what is in flight
+            h = self.fragments * self.random.randint(1, 3)
+            assert self.create({"kind": "set", "settings": {"outer.sync_every": h}}, len(self.raw) - 1)
+        elif kind < 0.92:
             self.slow_until = self.now + 2 * self.random.random()
         else:
             self.away_until = self.now + 2 * self.random.random()

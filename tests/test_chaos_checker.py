@@ -49,6 +49,7 @@ class Run:
         answers[0] |= {k: v for k, v in changes.items() if k in ("steps", "tokens")}
         base = before.fragments[fragment].base
         entry = {"kind": "round", "fragment": fragment, "epoch": 0, "base": base, "attempt": f"t{len(self.entries)}"}
+        entry["head"] = before.seq
         theta = changes.get("theta", f"theta{base}" if base else "start")
         self.append({**entry, "answers": answers, "digest": "g", "theta": theta, "momentum": "m"})
         seq = len(self.entries) - 1
@@ -173,8 +174,9 @@ def test_an_entry_that_is_not_valid() -> None:
 def test_a_rewind() -> None:
     run = Run()
     run.round()
-    counters = {"rounds": 0, "cursor": 0, "applied": 0, "dropped": 0, "pool": [], "fragments": [{}]}
-    run.append({"kind": "rewind", "checkpoint": "c/0", "counters": counters})
+    counts = dict.fromkeys(("rounds", "cursor", "applied", "dropped", "rejected", "skipped"), 0)
+    counters = {**counts, "pool": [], "fragments": [{}]}
+    run.append({"kind": "rewind", "reason": "by hand", "checkpoint": "c/0", "counters": counters})
     assert "the run went back" in violations(run)
 
 

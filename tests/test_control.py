@@ -188,3 +188,21 @@ def test_entries_come_before_snapshots_and_steps() -> None:
     (control, peers), state = region(), run().state
     peers.commands = Commands(entries=[b"{}"])
     assert control.next(state, Status(4, 0, {}, 40, [4])) == Order(entries=["{}"])
+
+
+def test_a_pause_is_waited_out_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    (control, peers), log = region(overlap=9), run()
+    log.add({"kind": "set", "paused": True})
+    peers.commands = Commands(asks=[rounds.Ask(0, 0, 0)])
+    assert [doing(control, log.state, since) for since in (0, 4, 4)] == ["wait"] * 3
+    assert peers.posted == [] and control.waited > 0
+    log.add({"kind": "set", "paused": False})
+    assert doing(control, log.state, 3) == "step" and doing(control, log.state, 4) == 0
+    assert capsys.readouterr().out.splitlines() == ["eu_1: the run is paused, waiting", "eu_1: the run goes on"]
+
+
+def test_who_is_expelled_ends_with_a_sentence_and_not_as_wanted() -> None:
+    (control, _), log = region(), run()
+    log.add({"kind": "set", "expel": "eu"})
+    order = control.next(log.state, Status(0, 0, {}, 40, (9,)))
+    assert "eu is expelled from this run" in order.end and "admit RUN eu" in order.end and not order.clean

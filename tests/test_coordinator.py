@@ -64,8 +64,8 @@ class Log:
     def data(self) -> dict[str, tuple[str, ...]]:
         return dict(self.members)
 
-    def weight(self, answer: dict[str, Any]) -> float:
-        return float(answer["tokens"])
+    def weights(self, fragment: int, answers: Any) -> list[float]:
+        return [float(answer["tokens"]) for answer in answers]
 
     def closing(self) -> dict[str, Any] | None:
         return self.stop

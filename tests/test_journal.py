@@ -97,6 +97,7 @@ class Log:
             "fragment": fragment,
             "epoch": self.state.epoch,
             "base": self.state.fragments[fragment].base,
+            "head": self.state.seq,
             "attempt": "a" * 32,
             "answers": sorted(answers, key=lambda a: a["member"]),
             "digest": hashlib.sha256(str(len(self.entries)).encode()).hexdigest(),
@@ -106,7 +107,7 @@ class Log:
         return {**fields, **changes}
 
     def rewind(self, to: dict[str, Any], checkpoint: str = "checkpoints/run/9") -> dict[str, Any]:
-        return {"kind": "rewind", "checkpoint": checkpoint, "counters": to}
+        return {"kind": "rewind", "reason": "by hand", "checkpoint": checkpoint, "counters": to}
 
     def refuses(self, fields: dict[str, Any], why: str) -> None:
         """Both the creator's check and the fold do, with this reason."""
@@ -132,8 +133,9 @@ def check_ledger(state: State) -> None:
     assert all(start < stop for start, stop in places), "nothing empty is kept"
     assert all(a[1] <= b[0] for a, b in pairwise(places)), "a sample in two places"
     assert not places or places[-1][1] <= state.ledger.cursor
-    handled = state.ledger.applied + state.ledger.dropped
-    assert state.ledger.cursor == handled + sum(stop - start for start, stop in places)
+    ledger = state.ledger
+    handled = ledger.applied + ledger.dropped + ledger.rejected + ledger.skipped
+    assert ledger.cursor == handled + sum(stop - start for start, stop in places)
     ids = [x.id for m in state.members.values() for x in m.leases]
     assert len(set(ids)) == len(ids) and all(i < state.ledger.next_id for i in ids)
 
@@ -147,7 +149,8 @@ def test_golden_story() -> None:
     assert leases(log.state, "eu_1") == [(0, 0, 20, 0)]
     assert leases(log.state, "us_1") == [(1, 20, 40, 20)]
     state = log.add(log.round(answer("eu_1", (0, 8)), answer("us_1", (1, 26))))
-    assert state.fragments == (FragmentState(3, 1, json.loads(log.entries[3])["digest"]),)
+    norms = ((1.5 / 4, 1.5), (1.5 / 4, 1.5))
+    assert state.fragments == (FragmentState(3, 1, json.loads(log.entries[3])["digest"], norms),)
     assert (state.rounds, state.ledger.applied, state.tokens) == (1, 14, 14 * 16)
     assert leases(state, "eu_1") == [(0, 0, 20, 8), (2, 40, 48, 40)], "topped up to 10 steps of 2"
     assert leases(state, "us_1") == [(1, 20, 40, 26), (3, 48, 54, 48)]
@@ -378,11 +381,10 @@ def test_a_sign_of_a_member_counts_from_anew() -> None:
 def test_a_weight_is_capped_at_one_round() -> None:
     state = Log(opening(), joining("eu_1", 2), joining("us_1", 5)).state
     cap = 4 * 2 * 16
-    assert state.weight(answer("eu_1", tokens=cap - 1)) == cap - 1
-    assert state.weight(answer("eu_1", tokens=cap)) == cap
-    assert state.weight(answer("eu_1", tokens=10 * cap)) == cap
-    assert state.weight(answer("us_1", tokens=10 * cap)) == 4 * 5 * 16, "each member has its own cap"
-    assert isinstance(state.weight(answer("eu_1")), float)
+    for tokens in (cap - 1, cap, 10 * cap):
+        weights = state.weights(0, [answer("eu_1", tokens=tokens), answer("us_1", tokens=10 * cap)])
+        assert weights == [min(tokens, cap), 4 * 5 * 16], "each member has its own cap"
+        assert all(isinstance(weight, float) for weight in weights)
 
 
 def test_progress_and_limits() -> None:
@@ -712,7 +714,7 @@ def test_a_rewind_that_does_not_fold_is_not_created(tmp_path: Path) -> None:
     journal = Journal(store)
     assert journal.append(opening()) and journal.read()
     with suppress(JournalError):
-        journal.append({"kind": "rewind", "checkpoint": "x", "counters": {"fragments": [{}, {}]}})
+        journal.append({"kind": "rewind", "reason": "by hand", "checkpoint": "x", "counters": {"fragments": [{}, {}]}})
     assert not store.exists(entry_key(1))
 
 

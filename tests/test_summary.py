@@ -50,7 +50,7 @@ def write_run(run_dir: Path, us_digest: str = "b" * 64) -> None:
         answers = [
             {"member": name, "tokens": 128, "leases": [[lease.id, lease.applied + 8]]} for name, lease in leases.items()
         ]
-        append(kind="round", epoch=0, fragment=0, base=base, answers=answers, digest="d")
+        append(kind="round", epoch=0, fragment=0, base=base, head=0, answers=answers, digest="d")
     append(kind="stop", reason="run.rounds=2 reached")
     for n in (0, 2, 10):
         store.write(f"checkpoints/{n}/manifest.json", b"{}")

@@ -76,7 +76,7 @@ def check(
         names = [before.members[answer["member"]].region for answer in entry["answers"]]
         assert sorted(names) == sorted(regions)
         local = [load(record, name, seq, f, "local") for name in names]
-        weights = [before.weight(answer) for answer in entry["answers"]]
+        weights = before.weights(entry["fragment"], entry["answers"])
         settings = before.settings
         parts = [wire.contribution(name, f, theta[f] - x) for name, x in zip(names, local, strict=True)]
         gradient = wire.mean(f, parts, weights)

@@ -1,0 +1,33 @@
+"""What a region does when its work is not wanted, and what it keeps when it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diloco.control import Order
+
+if TYPE_CHECKING:
+    from diloco.trainer import Trainer
+
+
+def start_again(trainer: Trainer) -> None:
+    """The norm rule rejected this region's work: it goes on from theta, and trains on those samples again that no contribution
+    holds. What it has in flight stands. Collective."""
+    flights, dropped = trainer.snapshots.copy(), trainer.clock.dropped
+    restarted = {f: snapshot.restarted(trainer.planes.theta[f]) for f, snapshot in flights.items()}
+    trainer.reader.forget(claim for snapshot in flights.values() for claim in snapshot.claims)
+    trainer.adopt()
+    trainer.snapshots, trainer.clock.dropped = restarted, dropped
+    if trainer.region.rank == 0:
+        print(f"{trainer.links.member}: its contribution was rejected, going on from the run's parameters", flush=True)
+
+
+def keep(trainer: Trainer, order: Order) -> None:
+    """What nothing else would keep: a run that was stopped by hand has not saved its last state, and without `ckpt.durable`
+    no round's bits are in the store. Collective."""
+    state, member = trainer.state, trainer.links.member
+    by_hand = state.stopped is not None and state.finished is None
+    leaving = state.stopped is None and not trainer.cfg.ckpt.durable
+    newest = max(fragment.base for fragment in state.fragments)
+    if order.clean and trainer.in_step and newest > trainer.saved and (by_hand or leaving):
+        trainer.save(leaving or member == min(state.members, default=""))
