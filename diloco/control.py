@@ -80,7 +80,7 @@ class RunLedger:
         bases = tuple(fragment.base for fragment in state.fragments)
         first = state.rounds == self._rounds_at_start
         members, stopped = tuple(sorted(state.members)), state.stopped is not None
-        return rounds.View(state.seq, state.epoch, bases, members, stopped, first, state.rules)
+        return rounds.View(state.seq, state.epoch, bases, members, stopped, first, state.rules, state.paused)
 
     def endpoints(self) -> dict[str, str]:
         return {m.id: m.endpoints[0] for m in self.state.members.values()}

@@ -40,7 +40,7 @@ class Setup:
     gateway: str = ""
     dial_only: bool = False
     store: str = ""
-    """Where the bits of a round go before it counts as held; empty: they stay here."""
+    """Where the bits of a round go before it counts as held, if its order says so; empty: they stay here."""
 
     def message(self) -> dict[str, Any]:
         return asdict(self)

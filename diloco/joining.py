@@ -253,7 +253,7 @@ def _setup(trainer: Trainer) -> Setup:
         stall=elastic.stall_timeout,
         streams=elastic.streams,
         congestion=elastic.congestion,
-        store=links.store.url if cfg.ckpt.durable else "",
+        store=links.store.url,
     )
 
 
@@ -322,7 +322,7 @@ def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside
     other regions reach it."""
     cfg, links = trainer.cfg, trainer.links
     ranks = Ranks(links.node, links.exchanger, inside)
-    machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions)
+    machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions, cfg.ckpt.durable)
     timing = Timing(cfg.elastic.peer_timeout, cfg.elastic.stall_timeout)
     ledger = RunLedger(journal)
     links.coordinator = Coordinator(links.node, ranks, ledger, machine, timing, digest)

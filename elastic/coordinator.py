@@ -271,7 +271,8 @@ class Coordinator(threading.Thread):
         )
         me = [party.member for party in parties].index(self.machine.me)
         shares = self._ownership(action.answers)
-        self.ranks.start(Order(action.attempt, (action.epoch, action.fragment, action.base), parties, shares, me))
+        key = (action.epoch, action.fragment, action.base)
+        self.ranks.start(Order(action.attempt, key, parties, shares, me, action.store))
         return None
 
     def _ownership(self, answers: Sequence[Message]) -> tuple[int, ...]:

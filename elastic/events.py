@@ -24,6 +24,8 @@ class View:
     """No round has been committed yet."""
     rules: int = 0
     """The newest entry that changed what the weights of a round depend on: older proposals are void."""
+    paused: bool = False
+    """No round may be committed until an entry says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Exchange:
     base: int
     answers: tuple[Message, ...]
     """In member order."""
+    store: bool = True
+    """The lowest member stores the result before it reports `Exchanged`."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class SetAlarm:
     alarm: Alarm
     kind: str
     """jitter: a short random time; patience: longer than the lowest member needs to append; minority: longer than
-    detection plus an exchange."""
+    detection plus an exchange; resend: longer than an answer takes."""
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class Exchanger:
         self.links = Links(node, self._frame, self._link_ended, streams, congestion)
         self.on_outcome: Callable[[Outcome], None] = lambda outcome: None
         self.keep: Callable[[str, int, int, Tensor], None] | None = None
-        """(attempt, first block, last block, result): stores the lowest member's slice before it counts as held, so that
-        a committed round can always be had. May raise OSError; it is tried again then."""
+        """(attempt, first block, last block, result): stores the lowest member's slice before it counts as held, if its
+        order says so, and a committed round can always be had. May raise OSError; it is tried again then."""
         self._lock = threading.Lock()
         self._offers: dict[Key, Contribution] = {}
         self._attempts: dict[str, Attempt] = {}
@@ -144,7 +144,7 @@ class Exchanger:
                 side.link.rate = side.received / seconds  # by it, the peer's silence is judged the next time
         slices = (attempt.first, attempt.last, attempt.result)
         digests = self.arithmetic.digests(order.key[1], *slices, len(order.parties))
-        if order.me == 0 and attempt.first < attempt.last:
+        if order.store and order.me == 0 and attempt.first < attempt.last:
             self._keep(attempt)
         return Outcome(order.attempt, digests, seconds=seconds)
 

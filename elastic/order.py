@@ -69,7 +69,7 @@ class Party:
 
 @dataclass(frozen=True)
 class Order:
-    """What to exchange; the same for all members of the attempt but for `me`."""
+    """What to exchange; the same for all members of the attempt but for `me` and `store`."""
 
     attempt: str
     key: Key
@@ -77,17 +77,26 @@ class Order:
     shares: tuple[int, ...]
     """Of the blocks that each member reduces: `elastic.plan.ownership`."""
     me: int
+    store: bool = True
+    """The lowest member stores the result before it counts as held."""
 
     def message(self) -> Message:
         parties = [[p.member, list(p.endpoints), p.weight] for p in self.parties]
-        fields = {"key": list(self.key), "parties": parties, "shares": list(self.shares), "me": self.me}
+        fields = {
+            "key": list(self.key),
+            "parties": parties,
+            "shares": list(self.shares),
+            "me": self.me,
+            "store": self.store,
+        }
         return {"type": "start", "attempt": self.attempt, **fields}
 
 
 def parse_order(message: Message) -> Order:
     epoch, fragment, base = message["key"]
     parties = tuple(Party(m, tuple(e), float(w)) for m, e, w in message["parties"])
-    return Order(message["attempt"], (epoch, fragment, base), parties, tuple(message["shares"]), message["me"])
+    key, shares = (epoch, fragment, base), tuple(message["shares"])
+    return Order(message["attempt"], key, parties, shares, message["me"], message["store"])
 
 
 @dataclass

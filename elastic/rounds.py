@@ -40,8 +40,10 @@ AHEAD = 1000
 class Rounds:
     """handle(event) -> actions. One instance per member, driven by one thread."""
 
-    def __init__(self, me: str, start_regions: int = 1, min_regions: int = 1) -> None:
+    def __init__(self, me: str, start_regions: int = 1, min_regions: int = 1, durable: bool = True) -> None:
         self.me = me
+        self.durable = durable
+        """Every result is stored before it counts as held, not only a minority's."""
         self.start_regions = start_regions
         self.min_regions = min_regions
         self.view: View | None = None
@@ -137,7 +139,7 @@ class Rounds:
 
     def _propose(self, fragment: int) -> Iterator[Action]:
         view, flight = self.view, self.flights.get(fragment)
-        if view is None or view.stopped or flight is None or not flight.due or flight.best:
+        if view is None or view.stopped or view.paused or flight is None or not flight.due or flight.best:
             return
         connected = self.connected()
         members = tuple(member for member in connected if member not in flight.without)
@@ -154,6 +156,7 @@ class Rounds:
             if member != self.me:
                 yield Send(member, proposal.message("propose"))
         yield from self._adopt(proposal)
+        yield self._resend_later(fragment, flight)
 
     def _minority(self, members: tuple[str, ...]) -> bool:
         """Fewer than half of the run's."""
@@ -272,12 +275,13 @@ class Rounds:
         flight = self.flights.get(proposal.fragment)
         if flight is None or flight.best != proposal or flight.attempt or flight.answer not in answers:
             return
-        if not self._current(proposal):
+        if flight.given_up or not self._current(proposal):  # given up: said twice, its exchange is over here
             return
         if tuple(answer["member"] for answer in answers) != proposal.members:
             return
         flight.attempt, flight.started = attempt_id(proposal, answers), tuple(answers)
-        yield Exchange(flight.attempt, proposal.fragment, flight.epoch, flight.base, flight.started)
+        flight.store = self.durable or self._minority(proposal.members)
+        yield Exchange(flight.attempt, proposal.fragment, flight.epoch, flight.base, flight.started, flight.store)
 
     # Holding and committing
 
@@ -285,8 +289,11 @@ class Rounds:
         for fragment, flight in self.flights.items():
             if flight.attempt == attempt and flight.best is not None:
                 flight.held.setdefault(attempt, {})[self.me] = digest
-                message = flight.best.message("held", attempt=attempt, digest=digest)
+                if flight.store and self.me == flight.best.members[0]:
+                    flight.stored.add(attempt)
+                message = flight.held_message(self.me)
                 yield from (Send(member, message) for member in flight.best.members if member != self.me)
+                yield self._resend_later(fragment, flight)
                 yield from self._try_append(fragment, flight, first=True)
                 return
 
@@ -295,6 +302,8 @@ class Rounds:
         if flight is None or (flight.epoch, flight.base) != (message["epoch"], message["base"]):
             return
         flight.held.setdefault(str(message["attempt"]), {})[sender] = str(message["digest"])
+        if message.get("stored") is True and sender == message["members"][0]:
+            flight.stored.add(str(message["attempt"]))
         yield from self._try_append(int(message["fragment"]), flight, first=True)
 
     def complete(self, flight: Flight) -> bool:
@@ -306,34 +315,33 @@ class Rounds:
         """The lowest member appends, and again at each new head; the others when their patience ends."""
         if not self.complete(flight):
             return
-        assert flight.best is not None
+        assert flight.best is not None and self.view is not None
         held = flight.held[flight.attempt]
         if len({held[member] for member in flight.best.members}) > 1:
             yield Halt(
                 f"the members hold different results of fragment {fragment}: this is a bug, nothing was committed"
             )
+        elif self._minority(flight.best.members) and flight.waited != self.view.seq:
+            if self._minority(self.connected()):
+                yield SetAlarm(Alarm("minority", fragment, str(self.view.seq)), "minority")
+            else:  # more are here by now, whose entries would make it wait for ever
+                yield from self._give_up(flight)
         elif self.me == flight.best.members[0]:
-            yield self._append(fragment, flight)
+            yield from self._append(fragment, flight)
         elif first:
             yield SetAlarm(Alarm("append", fragment, flight.attempt), "patience")
 
-    def _append(self, fragment: int, flight: Flight) -> Append:
-        assert flight.best is not None
-        answers = [{k: v for k, v in a.items() if k not in ("theta", "momentum")} for a in flight.started]
-        return Append(
-            {
-                "kind": "round",
-                "fragment": fragment,
-                "epoch": flight.epoch,
-                "base": flight.base,
-                "head": flight.best.head,
-                "attempt": flight.attempt,
-                "answers": answers,
-                "digest": flight.held[flight.attempt][self.me],
-                "theta": flight.started[0]["theta"],
-                "momentum": flight.started[0]["momentum"],
-            }
-        )
+    def _append(self, fragment: int, flight: Flight) -> Iterator[Action]:
+        assert flight.best is not None and self.view is not None
+        if self.view.paused:
+            return
+        if self._minority(flight.best.members):
+            if flight.attempt not in flight.stored:  # members joined since: the others could not get its bits
+                yield from self._give_up(flight)
+                return
+            if flight.waited != self.view.seq:
+                return
+        yield Append(flight.entry(fragment, self.me))
 
     # Giving up
 
@@ -367,8 +375,23 @@ class Rounds:
             flight.best = None
             yield from self._propose(alarm.fragment)
         elif alarm.name == "append" and alarm.attempt == flight.attempt and self.complete(flight):
-            yield self._append(alarm.fragment, flight)
+            yield from self._append(alarm.fragment, flight)
             yield SetAlarm(alarm, "patience")
         elif alarm.name == "minority" and alarm.attempt == str(self.view.seq):
             flight.waited = self.view.seq
+            yield from self._try_append(alarm.fragment, flight, first=True)
             yield from self._propose(alarm.fragment)
+        elif alarm.name == "resend" and alarm.attempt == flight.turn:
+            yield from self._resend(alarm.fragment, flight)
+
+    # What may have been lost
+
+    def _resend_later(self, fragment: int, flight: Flight) -> SetAlarm:
+        return SetAlarm(Alarm("resend", fragment, flight.turn), "resend")
+
+    def _resend(self, fragment: int, flight: Flight) -> Iterator[Action]:
+        """Says again what this member waits for an answer to: its proposal, its start, that it holds the result."""
+        if flight.best is not None and not flight.given_up:
+            message, members = flight.unanswered(self.me)
+            yield from (Send(member, message) for member in members if member != self.me)
+            yield self._resend_later(fragment, flight)

@@ -13,5 +13,5 @@ class Timing:
 
     def delay(self, kind: str) -> float:
         """Seconds until an alarm of this kind."""
-        base = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0}[kind]
-        return base * (1 + random.random())
+        bases = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0, "resend": 5.0}
+        return bases[kind] * (1 + random.random())

@@ -132,6 +132,109 @@ def test_who_stalled_is_unheard_once_and_a_third_ones_proposal_with_it_is_heard(
     assert isinstance(answer, rounds.Send) and (answer.member, answer.message["type"]) == ("b", "answer")
 
 
+def test_a_start_that_arrives_again_after_the_attempt_was_given_up_starts_nothing() -> None:
+    """Found by tests/explore.py: a's boundary; b answers; b gets `start` twice, and a is gone in between."""
+    one = machine("a", "b")
+    best = Proposal(0, 0, 0, 3, 1, "b", ("a", "b"))
+    one.handle(Received("b", best.message("propose")))
+    one.handle(rounds.Answered(0, 0, 0, ANSWER))
+    answers = [{**ANSWER, "member": member} for member in ("a", "b")]
+    start = Received("b", best.message("start", answers=answers))
+    assert kinds(one.handle(start)) == ["Exchange"] and kinds(one.handle(start)) == []
+    assert kinds(one.handle(rounds.PeerGone("b"))) == ["Cancel", "Read", "SetAlarm"]
+    assert kinds(one.handle(start)) == []
+
+
+def resend(one: Rounds) -> list[tuple[str, str]]:
+    actions = one.handle(Alarm("resend", 0, one.flights[0].turn))
+    assert kinds(actions)[-1:] == ["SetAlarm"]
+    return [(a.member, a.message["type"]) for a in actions if isinstance(a, rounds.Send)]
+
+
+def test_what_may_have_been_lost_is_said_again_to_those_who_have_not_answered_it() -> None:
+    one = machine("a", "b", "c")
+    one.handle(rounds.Due(0))
+    one.handle(rounds.Answered(0, 0, 0, ANSWER))
+    best = one.flights[0].best
+    assert best is not None and resend(one) == [("b", "propose"), ("c", "propose")]
+    one.handle(Received("b", best.message("answer", answer={**ANSWER, "member": "b"})))
+    assert resend(one) == [("c", "propose")]
+    one.handle(Received("c", best.message("answer", answer={**ANSWER, "member": "c"})))
+    assert resend(one) == [("b", "start"), ("c", "start")]
+    attempt = one.flights[0].attempt
+    one.handle(rounds.Exchanged(attempt, "d"))
+    one.handle(Received("c", best.message("held", attempt=attempt, digest="d")))
+    assert resend(one) == [("b", "held")]
+    one.handle(rounds.PeerGone("b"))
+    assert one.handle(Alarm("resend", 0, one.flights[0].turn)) == [], "given up: there is nothing to say"
+
+
+def minority(durable: bool = True) -> tuple[Rounds, list[rounds.Action]]:
+    """`a`, cut off from the others of five, holds the result of an attempt with b."""
+    one = Rounds("a", durable=durable)
+    one.handle(view("a", "b", "c", "d", "e"))
+    actions = one.handle(rounds.PeerSeen("b", frozenset("a"))) + one.handle(rounds.Due(0))
+    assert kinds(actions) == ["SetAlarm"], "it waits before it proposes"
+    one.handle(Alarm("minority", 0, "3"))
+    one.handle(rounds.Answered(0, 0, 0, ANSWER))
+    best = one.flights[0].best
+    assert best is not None and best.members == ("a", "b")
+    actions = one.handle(Received("b", best.message("answer", answer={**ANSWER, "member": "b"})))
+    (exchange,) = [a for a in actions if isinstance(a, rounds.Exchange)]
+    assert exchange.store
+    one.handle(rounds.Exchanged(exchange.attempt, "d"))
+    return one, one.handle(Received("b", best.message("held", attempt=exchange.attempt, digest="d")))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_minority_waits_again_after_every_entry_and_stores_before_it_appends(durable: bool) -> None:
+    one, actions = minority(durable)
+    assert kinds(actions) == ["Append"]
+    alarm = Alarm("minority", 0, "4")
+    assert one.handle(view("a", "b", "c", "d", "e", seq=4)) == [rounds.SetAlarm(alarm, "minority")]
+    assert kinds(one.handle(Alarm("append", 0, one.flights[0].attempt))) == ["SetAlarm"], "however long it took"
+    assert kinds(one.handle(alarm)) == ["Append"]
+
+
+def test_a_minoritys_attempt_gives_way_to_a_majoritys() -> None:
+    """Found by seed 36 of the simulation: a and b hold a result, c is back, and the entries of the other fragment, which all
+    three commit, came faster than the wait. It starved, and with it the fragment: its number was the highest."""
+    one, _ = minority()
+    one.handle(rounds.PeerSeen("b", frozenset(("a", "c"))))
+    one.handle(rounds.PeerSeen("c", frozenset(("a", "b"))))
+    assert kinds(one.handle(view("a", "b", "c", "d", "e", seq=4))) == ["Cancel", "Read", "SetAlarm"]
+    actions = one.handle(Alarm("again", 0, one.flights[0].turn))
+    assert [a.member for a in actions if isinstance(a, rounds.Send)] == ["b", "c"]
+
+
+def test_only_a_minority_has_to_store_what_the_run_does_not_want_stored() -> None:
+    one, _ = holding("a", "b")
+    assert one.flights[0].store
+    one = Rounds("a", durable=False)
+    one.handle(view("a"))
+    one.handle(rounds.Due(0))
+    actions = one.handle(rounds.Answered(0, 0, 0, ANSWER))
+    assert [a.store for a in actions if isinstance(a, rounds.Exchange)] == [False]
+    attempt = one.flights[0].attempt
+    joined = view("a", "b", "c", seq=4)
+    assert kinds(one.handle(joined)) == []
+    assert kinds(one.handle(rounds.Exchanged(attempt, "d")))[-1:] == ["SetAlarm"], "now it is a minority's: it waits"
+    actions = one.handle(Alarm("minority", 0, "4"))
+    assert "Append" not in kinds(actions) and one.flights[0].given_up, "nobody else could get its bits"
+
+
+def test_nothing_is_proposed_or_committed_while_the_run_is_paused() -> None:
+    one, _ = holding("a", "b")
+    paused = View(4, 0, (0,), ("a", "b"), paused=True)
+    assert kinds(one.handle(paused)) == []
+    assert kinds(one.handle(Alarm("append", 0, one.flights[0].attempt))) == ["SetAlarm"]
+    assert kinds(one.handle(view("a", "b", seq=5))) == ["Append"], "what all hold is committed when it goes on"
+    one = machine("a", "b")
+    one.handle(paused)
+    assert kinds(one.handle(rounds.Due(0))) == []
+    assert "Send" in kinds(one.handle(view("a", "b", seq=5)))
+
+
 def test_a_head_that_cannot_be_read_is_asked_for_once() -> None:
     one = machine("a", "b")
     assert kinds(one.handle(Received("b", {"type": "head", "head": 10**9}))) == ["Read"]
