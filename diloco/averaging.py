@@ -75,10 +75,12 @@ class Contribution:
             self._todo.clear()
 
     def squares(self) -> Tensor:
-        """fp64 scalar: sum of the squares of minuend - subtrahend, without the residual."""
+        """fp64 scalar: sum of the squares of what is encoded."""
         total = torch.zeros((), dtype=torch.float64)
         for a, b in chunks(self.first, self.last, RUN):
             delta = self._cut(self.minuend, a, b) - self._cut(self.subtrahend, a, b)
+            if self.residual is not None:
+                delta += self._cut(self.residual, a, b)
             total += delta.double().square_().sum()
         return total
 
@@ -234,6 +236,12 @@ class Averaging:
     def _finite(self, fragment: int, first: int, last: int, data: Tensor) -> bool:
         """Of one contribution, or of a dense result."""
         return self.codec.finite(data, self.elements(fragment, first, last), self.fragments[fragment].block)
+
+    def squares(self, fragment: int, first: int, last: int, part: Tensor) -> float:
+        """Sum of the squares of what one contribution's bytes of the blocks [first, last) stand for."""
+        flat = self.decode(fragment, first, last, part)
+        total = torch.dot(flat, flat)
+        return (total if total.isfinite() else flat.double().square_().sum()).item()
 
     def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int = 1) -> bytes:
         """32 bytes for each of the blocks [first, last), of their bytes in a result of so many members."""

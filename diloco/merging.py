@@ -31,7 +31,7 @@ class Snapshot:
         """After a reset of the local parameters to theta: the contribution stands, and what the region does from now on
         counts from theta."""
         residual = self.contribution.residual
-        self.contribution.residual = None if residual is None else residual.clone()  # the plane is zeroed
+        self.contribution.residual = None if residual is None else residual.clone()  # the plane is zeroed, and stays so
         return Snapshot(self.key, theta.clone(), self.contribution, replace(self.stamp, steps=0, tokens=0), self.claims)
 
 

@@ -56,6 +56,8 @@ class Attempt:
         """First block of a chunk that this rank reduces -> member -> part."""
         self.held = self.peak = 0
         """Bytes of parts that wait for others', now and at most."""
+        self.squares = [0.0] * len(order.parties)
+        """Sum of the squares of each member's parts that this rank has reduced."""
         self.over = False
         """It has ended, one way or the other."""
         self.whole: deque[int] = deque()

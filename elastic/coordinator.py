@@ -266,7 +266,7 @@ class Coordinator(threading.Thread):
             return rounds.ExchangeFailed(action.attempt, frozenset())  # a member ended since this was decided
         weights = self.ledger.weights(action.fragment, action.answers)
         parties = tuple(
-            Party(a["member"], endpoints[a["member"]], weight)
+            Party(a["member"], endpoints[a["member"]], weight, a.get("norm", 0.0) or 0.0)
             for a, weight in zip(action.answers, weights, strict=True)
         )
         me = [party.member for party in parties].index(self.machine.me)

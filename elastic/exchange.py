@@ -8,10 +8,11 @@ on their way back.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -28,6 +29,10 @@ PACE = 1.2
 LONG = 8
 """Round trips that an exchange takes at least to be paced: of a shorter one the rate that is seen is mostly latency, and a
 pace of 1.2 times that would make the next one slower still."""
+NORM_SLACK = 1.5
+"""The bytes of a contribution may have so many times the norm that was announced: rounding to int4 adds up to a third."""
+TINY = 1e-30
+"""A norm below which rounding may do more than that."""
 REMEMBERED = 1000
 """Ended attempts whose late frames are recognized."""
 
@@ -173,6 +178,7 @@ class Exchanger:
             except NotFinite as error:
                 self._refuse(attempt, error.index)
                 raise Cancelled from error
+            self._compare_norms(attempt, first, parts)
             attempt.cut(first, attempt.end[first]).copy_(data)
             attempt.pass_on(first)
         attempt.wait(lambda: not attempt.missing, tick)
@@ -182,6 +188,20 @@ class Exchanger:
         """A member that sends what is not finite, by a fault or on purpose, is left out of the next attempt."""
         name = attempt.order.parties[index].member if index >= 0 else ""
         attempt.fail(frozenset([name] if name else []), f"the contribution of {name or 'all together'} is not finite")
+
+    def _compare_norms(self, attempt: Attempt, first: int, parts: Sequence[Tensor]) -> None:
+        """Weights go by the norms that members announce, so who sends more than it announced is left out of the next attempt.
+        An owner sees its own blocks only. Raises Cancelled."""
+        order = attempt.order
+        for k, (party, part) in enumerate(zip(order.parties, parts, strict=True)):
+            if k == order.me or party.norm is None:
+                continue
+            attempt.squares[k] += self.arithmetic.squares(order.key[1], first, attempt.end[first], part)
+            norm = math.sqrt(attempt.squares[k])
+            if norm > NORM_SLACK * party.norm + TINY:
+                sent = f"announced a norm of {party.norm:.3g} and sends one of at least {norm:.3g}"
+                attempt.fail(frozenset([party.member]), f"{party.member} {sent}")
+                raise Cancelled
 
     def _open(self, attempt: Attempt) -> None:
         """Gets the links that the attempt needs, side by side; it talks on each as soon as it stands."""

@@ -53,6 +53,10 @@ class Arithmetic(Protocol):
         """The result for these blocks from the members' parts (uint8), in the order given. Raises NotFinite."""
         ...
 
+    def squares(self, fragment: int, first: int, last: int, part: Tensor) -> float:
+        """Sum of the squares of the numbers in a member's part."""
+        ...
+
     def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int) -> bytes:
         """32 bytes a block of a result."""
         ...
@@ -65,6 +69,8 @@ class Party:
     member: str
     endpoints: tuple[str, ...]
     weight: float
+    norm: float | None = None
+    """Of its contribution, as it announced it; None: whatever it sends is taken."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Order:
     """The lowest member stores the result before it counts as held."""
 
     def message(self) -> Message:
-        parties = [[p.member, list(p.endpoints), p.weight] for p in self.parties]
+        parties = [[p.member, list(p.endpoints), p.weight, p.norm] for p in self.parties]
         fields = {
             "key": list(self.key),
             "parties": parties,
@@ -94,7 +100,7 @@ class Order:
 
 def parse_order(message: Message) -> Order:
     epoch, fragment, base = message["key"]
-    parties = tuple(Party(m, tuple(e), float(w)) for m, e, w in message["parties"])
+    parties = tuple(Party(m, tuple(e), float(w), norm) for m, e, w, norm in message["parties"])
     key, shares = (epoch, fragment, base), tuple(message["shares"])
     return Order(message["attempt"], key, parties, shares, message["me"], message["store"])
 

@@ -61,6 +61,7 @@ class Cluster:
         self.blocks, self.worlds = self.averaging.blocks(0), worlds
         self.names = [f"m{k}_{k}" for k in range(len(worlds))]
         self.weights = [100.0 * (k + 1) for k in range(len(worlds))]
+        self.norms: list[float | None] = [None] * len(worlds)
         self.deltas = [torch.randn(elements) * 10.0 ** (k - 1) for k in range(len(worlds))]
         self.encoded = [self.averaging.encode(0, delta) for delta in self.deltas]
         self.members: list[list[Rank]] = []
@@ -95,6 +96,7 @@ class Cluster:
                 self.names[k],
                 tuple("" if k in self.closed else rank.node.endpoint for rank in self.members[k]),
                 self.weights[k],
+                self.norms[k],
             )
             for k in members
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from diloco.averaging import Averaging
 from diloco.codec import BUILDERS, CodecConfig, build_codec
 from diloco.fragments import Fragment, Slot, block_digests
+from elastic.exchange import NORM_SLACK
 from tests import reference
 
 BLOCK = 512
@@ -59,7 +61,8 @@ def test_contribution_is_the_encoded_difference(
     delta = (theta - local + residual if feedback else theta - local).numpy()
     assert same_bits(contribution.read(first, last), reference.encode(codec, delta, BLOCK, rounding, 7, first))
     assert contribution.squares().dtype == torch.float64
-    assert contribution.squares().item() == pytest.approx((theta - local).double().square().sum().item(), rel=1e-12)
+    whole = torch.from_numpy(delta).double().square().sum().item()
+    assert contribution.squares().item() == pytest.approx(whole, rel=1e-12)
 
 
 @each_case
@@ -123,6 +126,26 @@ def test_what_is_not_finite_does_not_leave(codec: str, rounding: str, bad: float
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="blocks 20 to 20 of fragment 0 are not finite"):
             contribution.read(20, 21)
+
+
+@each_case
+@pytest.mark.parametrize("small", [0.0, 0.1, 0.49, 0.51])
+def test_rounding_adds_little_to_a_norm(codec: str, rounding: str, small: float) -> None:
+    """Values that int4 rounds by most: one of 7 in every group, and around half a step. The exchange takes up to NORM_SLACK."""
+    averaging = averaging_of(codec, rounding)
+    flat = torch.full((averaging.elements(0, 0, 37),), small)
+    flat[::64] = 7.0
+    contribution = averaging.contribution(0, 0, 37, flat, torch.zeros_like(flat), seed=3)
+    sent = averaging.squares(0, 0, 37, contribution.read(0, 37))
+    assert sent == pytest.approx(averaging.decode(0, 0, 37, contribution.read(0, 37)).square().sum().item(), rel=1e-4)
+    assert math.sqrt(sent) < 0.95 * NORM_SLACK * math.sqrt(contribution.squares().item())
+
+
+def test_squares_of_huge_numbers_do_not_overflow() -> None:
+    averaging = averaging_of("none")
+    flat = torch.full((averaging.elements(0, 0, 37),), 1e30)
+    sent = averaging.squares(0, 0, 37, averaging.encode(0, flat))
+    assert sent == pytest.approx(1e60 * flat.numel(), rel=1e-4)
 
 
 # Error feedback

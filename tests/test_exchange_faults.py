@@ -323,3 +323,30 @@ def test_a_member_that_sends_what_is_not_finite_is_named(cluster: Make) -> None:
     assert all(c.members[k][0].outcomes["a"].suspects == {c.names[1]} for k in (0, 2))
     c.start("b", [0, 2])
     c.assert_result("b", [0, 2])
+
+
+@pytest.mark.parametrize("codec", ["none", "bf16", "int8", "int4", "topk"])
+def test_who_announces_less_than_it_sends_is_named(cluster: Make, codec: str) -> None:
+    c = cluster((1, 1, 1), 60 * BLOCK, codec)
+    honest = [delta.norm().item() for delta in c.deltas]
+    c.norms = [*honest]
+    c.start("a", range(3))
+    assert c.ended("a", range(3)) and all(c.members[k][0].outcomes["a"].digests is not None for k in range(3))
+    # Most of a sparse contribution's norm is not sent, so more of it may be hidden.
+    c.norms = [honest[0], honest[1] / 20, honest[2]]
+    c.start("b", range(3))
+    assert c.ended("b", [0, 2])
+    outcomes = [c.members[k][0].outcomes["b"] for k in (0, 2)]
+    assert all(outcome.digests is None and outcome.suspects == {c.names[1]} for outcome in outcomes)
+    assert any("announced a norm of" in outcome.reason for outcome in outcomes)
+    c.start("c", [0, 2])
+    assert c.ended("c", [0, 2]) and all(c.members[k][0].outcomes["c"].digests is not None for k in (0, 2))
+
+
+def test_a_contribution_of_zeros_may_announce_no_norm(cluster: Make) -> None:
+    """As of a region whose parameters are not finite."""
+    c = cluster((1, 2), 20 * BLOCK, "int4")
+    c.deltas[0].zero_()
+    c.encoded[0], c.norms = c.averaging.encode(0, c.deltas[0]), [0.0, c.deltas[1].norm().item()]
+    c.start("a", range(2))
+    c.assert_result("a", range(2))
