@@ -13,6 +13,7 @@ from diloco.fold import State
 from diloco.journal import Journal
 from elastic import rounds
 from elastic.coordinator import Coordinator
+from elastic.journaling import Standing
 from elastic.pulse import ENTRIES, SNAPSHOT, STEP, Pulse
 
 
@@ -75,21 +76,17 @@ class RunLedger:
             raise
         self.away = False
 
-    def view(self) -> rounds.View:
+    def standing(self) -> Standing:
         state = self.state
         bases = tuple(fragment.base for fragment in state.fragments)
         first = state.rounds == self._rounds_at_start
         members, stopped = tuple(sorted(state.members)), state.stopped is not None
-        return rounds.View(state.seq, state.epoch, bases, members, stopped, first, state.rules, state.paused)
-
-    def endpoints(self) -> dict[str, str]:
-        return {m.id: m.endpoints[0] for m in self.state.members.values()}
-
-    def data(self) -> dict[str, tuple[str, ...]]:
-        return {m.id: m.data for m in self.state.members.values()}
-
-    def weights(self, fragment: int, answers: Sequence[dict[str, Any]]) -> list[float]:
-        return self.state.weights(fragment, answers)
+        return Standing(
+            rounds.View(state.seq, state.epoch, bases, members, stopped, first, state.rules, state.paused),
+            {m.id: m.endpoints[0] for m in state.members.values()},
+            {m.id: m.data for m in state.members.values()},
+            state.weights,
+        )
 
     def closing(self) -> dict[str, Any] | None:
         reason = self.state.finished

@@ -1,7 +1,7 @@
 """Rank 0's control thread: feeds the round state machine and carries out what it decides.
 
-It owns the control connections to the other regions' rank 0, the journal, the timers, and the hand on this region's own
-ranks (`Ranks`). The main loop talks to it through `post` and `take`; no inner step ever waits for it.
+It owns the control connections to the other regions' rank 0, the timers, the hand on the journal (`JournalThread`) and the one
+on this region's own ranks (`Ranks`). The main loop talks to it through `post` and `take`; no inner step ever waits for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from elastic import rounds
+from elastic.journaling import JournalThread, Ledger, Standing
 from elastic.node import Node, Refused
 from elastic.order import Order, Outcome, Party
 from elastic.plan import WHOLE, ownership
@@ -29,26 +31,6 @@ REMEMBERED = 50
 """Attempts whose outcomes are kept for who reports on them."""
 POLL = 2.0
 """Seconds between two looks at the journal while nobody points at a new entry."""
-
-
-class Ledger(Protocol):
-    """The journal, as the coordinator needs it."""
-
-    def read(self) -> list[bytes]: ...
-    def append(self, fields: Message) -> bool: ...
-    def view(self) -> rounds.View: ...
-    def endpoints(self) -> dict[str, str]:
-        """Where the current members' rank 0 is; empty if it cannot be dialled."""
-        ...
-
-    def data(self) -> dict[str, tuple[str, ...]]:
-        """The same of their ranks' exchanges."""
-        ...
-
-    def weights(self, fragment: int, answers: Sequence[Message]) -> list[float]: ...
-    def closing(self) -> Message | None:
-        """The entry that ends the run, if it is due."""
-        ...
 
 
 @dataclass
@@ -79,8 +61,10 @@ class Coordinator(threading.Thread):
         combine: Callable[[bytes], str],
     ) -> None:
         super().__init__(name="coordinator", daemon=True)
-        self.node, self.ranks, self.ledger, self.machine = node, ranks, ledger, machine
+        self.node, self.ranks, self.machine = node, ranks, machine
         self.timing, self.combine = timing, combine
+        self.standing = ledger.standing()
+        self.journal = JournalThread(ledger, self)
         self.seek: Callable[[], None] = lambda: None
         """Asks the lighthouse who is there."""
         self.watch: Callable[[], None] = lambda: None
@@ -115,10 +99,6 @@ class Coordinator(threading.Thread):
             commands, self._commands = self._commands, Commands()
             return commands
 
-    def call(self, action: Callable[[], None]) -> None:
-        """Runs `action` on the coordinator's thread, which alone touches the journal."""
-        self._inbox.put(action)
-
     def connected(self) -> list[str]:
         return sorted(self.peers)
 
@@ -137,9 +117,11 @@ class Coordinator(threading.Thread):
     def close(self) -> None:
         """Ends the thread, and parts from the peers, which need not wait for a time-out then."""
         self._closing = True
-        self.call(lambda: None)  # it need not wait for something to do
+        self._inbox.put(lambda: None)  # it need not wait for something to do
+        self.journal.close()
         self.join(timeout=5)
         self.part()
+        self.journal.join(timeout=5)
 
     def part(self) -> None:
         """Says goodbye to the peers."""
@@ -151,12 +133,12 @@ class Coordinator(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._feed(self.ledger.view())  # what the region has read already, should the store be away just now
-            self._read()
+            self._feed(self.standing.view)  # what the region has read already, should the store be away just now
+            self.journal.start()
             while not self._closing:
                 self._step()
         except Exception as error:  # a bug or a broken journal: the main loop must end, not wait for ever
-            self._command(halt=f"{type(error).__name__}: {error}")
+            self.broken(error)
             raise
 
     def _step(self) -> None:
@@ -169,7 +151,7 @@ class Coordinator(threading.Thread):
             self._feed(heapq.heappop(self._alarms)[2])
         self._keep_alive()
         if time.monotonic() >= self._poll_at:
-            self._read()
+            self._look()
 
     def _dispatch(self, item: Any) -> None:
         if callable(item):
@@ -200,9 +182,9 @@ class Coordinator(threading.Thread):
             case rounds.Cancel(attempt):
                 self.ranks.cancel(attempt)
             case rounds.Append(fields):
-                return self._append(fields, action)
+                self.journal.ask_append(fields)
             case rounds.Read():
-                return self._fold()
+                self._look()
             case rounds.SetAlarm(alarm, kind):
                 self._set_alarm(alarm, kind)
             case rounds.Halt(reason):
@@ -222,49 +204,38 @@ class Coordinator(threading.Thread):
                 setattr(self._commands, name, old + value if isinstance(value, list) else old or value)
             self._ready.notify_all()
 
-    # The journal
+    # The journal: `was_read`, `no_answer` and `broken` are called by its thread
 
-    def _append(self, fields: Message, action: rounds.Append) -> rounds.Event | None:
-        try:
-            won = self.ledger.append(fields)
-        except OSError as error:  # the store is away: training goes on, the commit is tried again
-            print(f"journal: {error}; trying again", flush=True)
-            self._set_alarm(rounds.Alarm("append", fields["fragment"], fields["attempt"]), "retry")
-            return None
-        view = self._fold()
-        if won and view is not None:
-            self._broadcast({"type": "head", "head": view.seq})
-        return view
-
-    def _fold(self) -> rounds.View | None:
+    def _look(self) -> None:
         self._poll_at = time.monotonic() + POLL
-        try:
-            self._pass_on(self.ledger.read())
-            if (closing := self.ledger.closing()) is not None:
-                self.ledger.append(closing)
-                self._pass_on(self.ledger.read())
-        except OSError as error:
-            print(f"journal: {error}; trying again", flush=True)
-            return None
-        self.meet(self.ledger.endpoints())
-        return self.ledger.view()
+        self.journal.ask_read()
 
-    def _pass_on(self, entries: list[bytes]) -> None:
-        """What was read is read once: it goes to the main loop at once, whatever fails next."""
+    def was_read(self, entries: list[bytes], standing: Standing, won: bool) -> None:
+        self._inbox.put(partial(self._took, entries, standing, won))
+
+    def no_answer(self, fields: Message) -> None:
+        alarm = rounds.Alarm("append", fields["fragment"], fields["attempt"])
+        self._inbox.put(partial(self._set_alarm, alarm, "retry"))
+
+    def broken(self, error: Exception) -> None:
+        self._command(halt=f"{type(error).__name__}: {error}")
+
+    def _took(self, entries: list[bytes], standing: Standing, won: bool) -> None:
         if entries:
             self._command(entries=entries)
-
-    def _read(self) -> None:
-        if (view := self._fold()) is not None:
-            self._feed(view)
+        self.standing = standing
+        if won:
+            self._broadcast({"type": "head", "head": standing.view.seq})
+        self.meet(dict(standing.endpoints))
+        self._feed(standing.view)
 
     # Exchanges in this region
 
     def _exchange(self, action: rounds.Exchange) -> rounds.Event | None:
-        endpoints = self.ledger.data()
+        endpoints = self.standing.data
         if any(a["member"] not in endpoints for a in action.answers):
             return rounds.ExchangeFailed(action.attempt, frozenset())  # a member ended since this was decided
-        weights = self.ledger.weights(action.fragment, action.answers)
+        weights = self.standing.weights(action.fragment, action.answers)
         parties = tuple(
             Party(a["member"], endpoints[a["member"]], weight, a.get("norm", 0.0) or 0.0)
             for a, weight in zip(action.answers, weights, strict=True)

@@ -14,6 +14,7 @@ import pytest
 from elastic import coordinator, rounds
 from elastic.coordinator import Coordinator
 from elastic.exchange import Exchanger
+from elastic.journaling import Standing
 from elastic.node import Identity, Node
 from elastic.pulse import STEP, Pulse, step_aside
 from elastic.ranks import Ranks
@@ -35,10 +36,14 @@ class Log:
         self.entries, self.members = entries, endpoints
         self.seen = len(entries)
         self.away = False
+        self.answers = threading.Event()
+        """Cleared: the store takes its time."""
+        self.answers.set()
         self.stop: dict[str, Any] | None = None
         self.tries = 0
 
     def read(self) -> list[bytes]:
+        assert self.answers.wait(20)
         if self.away:
             raise OSError("the store is away")
         new = self.entries[self.seen :]
@@ -54,21 +59,18 @@ class Log:
         self.entries.append(fields)
         return True
 
-    def view(self) -> rounds.View:
+    def standing(self) -> Standing:
         bases = [n for n, entry in enumerate(self.entries[: self.seen], start=1) if entry["kind"] == "round"]
-        return rounds.View(self.seen, 0, (max(bases, default=0),), tuple(sorted(self.members)))
-
-    def endpoints(self) -> dict[str, str]:
-        return {member: endpoints[0] for member, endpoints in self.members.items()}
-
-    def data(self) -> dict[str, tuple[str, ...]]:
-        return dict(self.members)
-
-    def weights(self, fragment: int, answers: Any) -> list[float]:
-        return [float(answer["tokens"]) for answer in answers]
+        view = rounds.View(self.seen, 0, (max(bases, default=0),), tuple(sorted(self.members)))
+        endpoints = {member: endpoints[0] for member, endpoints in self.members.items()}
+        return Standing(view, endpoints, dict(self.members), lambda _, answers: [float(a["tokens"]) for a in answers])
 
     def closing(self) -> dict[str, Any] | None:
         return self.stop
+
+
+def both_see(a: Coordinator, b: Coordinator) -> bool:
+    return all(one.machine.view is not None and one.machine.connected() == ("a", "b") for one in (a, b))
 
 
 class Net:
@@ -102,7 +104,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
 
 def test_what_was_read_reaches_the_main_loop_whatever_fails_next(net: Net) -> None:
     one = net.add("a")
-    log: Any = one.ledger
+    log: Any = one.journal.ledger
     one.start()
     log.stop = {"kind": "stop"}  # whose append fails
     net.entries.append({"kind": "round"})
@@ -112,11 +114,27 @@ def test_what_was_read_reaches_the_main_loop_whatever_fails_next(net: Net) -> No
 
 def test_a_store_that_is_away_at_the_start_costs_nothing(net: Net) -> None:
     one = net.add("a")
-    log: Any = one.ledger
+    log: Any = one.journal.ledger
     log.away = True
     one.post(rounds.Due(0))
     one.start()
     assert one.take(5).asks == [rounds.Ask(0, 0, 0)]
+
+
+def test_a_store_that_takes_its_time_holds_up_no_message(net: Net) -> None:
+    a, b = net.add("a", 2), net.add("b", 2)
+    log: Any = a.journal.ledger
+    a.start()
+    b.start()
+    assert until(lambda: both_see(a, b))
+    log.answers.clear()
+    silent = time.monotonic() + 2 * a.timing.peer_timeout
+    assert not until(lambda: "a" not in b.peers, silent - time.monotonic()), "it was taken for dead"
+    b.post(rounds.Due(0))
+    assert a.take(5).asks == b.take(5).asks == [rounds.Ask(0, 0, 0)]
+    net.entries.append({"kind": "round"})
+    log.answers.set()
+    assert [json.loads(entry)["kind"] for entry in a.take(5).entries] == ["round"]
 
 
 def test_alarms_do_not_multiply(net: Net) -> None:
@@ -143,15 +161,12 @@ def test_members_meet_by_the_journal_alone_and_again_after_a_break(net: Net) -> 
     a.start()
     b.start()
 
-    def met() -> bool:
-        return a.machine.connected() == b.machine.connected() == ("a", "b")
-
-    assert until(met)
+    assert until(lambda: both_see(a, b))
     for _ in range(3):
         old = a.peers["b"].connection
         old.close()
         assert until(lambda old=old: "b" in a.peers and a.peers["b"].connection is not old)
-        assert until(met)
+        assert until(lambda: both_see(a, b))
     a.post(rounds.Due(0))
     assert a.take(5).asks and b.take(5).asks == [rounds.Ask(0, 0, 0)]
 
@@ -208,10 +223,7 @@ def test_a_member_whose_main_loop_hangs_is_not_waited_for_until_it_is_back(net: 
     a.start()
     b.start()
 
-    def met() -> bool:
-        return a.machine.connected() == b.machine.connected() == ("a", "b")
-
-    assert until(met)
+    assert until(lambda: both_see(a, b))
     a.post(rounds.Due(0))
     assert a.take(5).asks and b.take(5).asks == [rounds.Ask(0, 0, 0)]
     ticking.set()  # it never answers
@@ -222,6 +234,6 @@ def test_a_member_whose_main_loop_hangs_is_not_waited_for_until_it_is_back(net: 
     assert "b: its main loop hangs (an inner step for" in capfd.readouterr().out
     ticking.clear()
     threading.Thread(target=tick, daemon=True).start()
-    assert until(met)
+    assert until(lambda: both_see(a, b))
     b.watch = lambda: None
     ticking.set()
