@@ -141,7 +141,8 @@ class Dense(Codec):
     decode_kernel: Kernel
     """(scales, values, out): writes out."""
     accumulate_kernel: Kernel
-    """(scales, values, weight, total): adds to total. Numbers are [r, groups, group], scales [r, groups]."""
+    """(scales, values, weight, total): adds to total. Numbers are [r, groups, group], scales [r, groups]; values that are
+    bytes come as fp32."""
 
     def block_size(self, length: int) -> int:
         width = self.packed // self.group
@@ -150,24 +151,24 @@ class Dense(Codec):
     def encode_rows(self, terms: Terms, keys: Tensor | None, rows: Tensor) -> None:
         length = terms[0].shape[1]
         target = rows if self._fits(rows, length) else self._buffer(rows.shape[0], length)
-        in_pieces(self.encode_kernel, *each(terms, self._grouped), keys, *self._split(target, length))
+        in_pieces(self._encode, *each(terms, self._grouped), keys, *self._split(target, length))
         if target is not rows:
             rows.copy_(target[:, : rows.shape[1]])
 
     def decode_rows(self, rows: Tensor, out: Tensor) -> None:
         length = out.shape[1]
         if self._fits(rows, length):
-            in_pieces(self.decode_kernel, *self._split(rows, length), self._grouped(out))
+            in_pieces(self._decode, *self._split(rows, length), self._grouped(out))
             return
         source = self._buffer(rows.shape[0], length)
         source[:, : rows.shape[1]] = rows
         padded = torch.empty(rows.shape[0], self._groups(length), self.group)
-        in_pieces(self.decode_kernel, *self._split(source, length), padded)
+        in_pieces(self._decode, *self._split(source, length), padded)
         out.copy_(padded.flatten(1)[:, :length])
 
     def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> None:
         if self._fits(rows, total.shape[1]):
-            in_pieces(self.accumulate_kernel, *self._split(rows, total.shape[1]), weight, self._grouped(total))
+            in_pieces(self._accumulate, *self._split(rows, total.shape[1]), weight, self._grouped(total))
             return
         decoded = torch.empty_like(total)
         self.decode_rows(rows, decoded)
@@ -181,13 +182,34 @@ class Dense(Codec):
         for count in PIECES[:-1]:
             numbers = [self._grouped(x) for x in samples(3, count, block)]
             keys = block_keys(0, 0, count) if self.rounds_stochastically else None
-            parts = self._split(self._buffer(count, block), block)
+            scales, values = self._split(self._buffer(count, block), block)
+            parts = scales, widened(values)
             self.encode_kernel.prepare(numbers[0], None, None, keys, *parts)
             self.encode_kernel.prepare(*numbers[:2], numbers[2] if feedback else None, keys, *parts)
             self.encode_kernel(numbers[0], None, None, keys, *parts)
             if count == PIECES[0]:  # what is decoded alone is long
                 self.decode_kernel.prepare(*parts, numbers[1])
             self.accumulate_kernel.prepare(*parts, torch.tensor(0.1), numbers[1])
+
+    def _encode(
+        self,
+        minuend: Tensor,
+        subtrahend: Tensor | None,
+        residual: Tensor | None,
+        keys: Tensor | None,
+        scales: Tensor | None,
+        values: Tensor,
+    ) -> None:
+        wide = torch.empty(values.shape, device=values.device) if is_byte(values) else values
+        self.encode_kernel(minuend, subtrahend, residual, keys, scales, wide)
+        if wide is not values:
+            values.copy_(wide)
+
+    def _decode(self, scales: Tensor | None, values: Tensor, out: Tensor) -> None:
+        self.decode_kernel(scales, widened(values), out)
+
+    def _accumulate(self, scales: Tensor | None, values: Tensor, weight: Tensor, total: Tensor) -> None:
+        self.accumulate_kernel(scales, widened(values), weight, total)
 
     def _groups(self, length: int) -> int:
         return -(-length // self.group)
@@ -231,6 +253,16 @@ def difference(minuend: Tensor, subtrahend: Tensor | None, residual: Tensor | No
     """minuend - subtrahend + residual, in this order."""
     x = minuend if subtrahend is None else minuend - subtrahend
     return x if residual is None else x + residual
+
+
+def is_byte(values: Tensor) -> bool:
+    return values.dtype.itemsize == 1
+
+
+def widened(values: Tensor) -> Tensor:
+    """Bytes as fp32, contiguous, which kernels read and write. On AVX2, inductor's code loads vectors of integers by way of
+    the stack, which stalls (40 cycles for 8), and narrows them one by one; eager conversions run as fast as the cache."""
+    return values.float() if is_byte(values) else values
 
 
 def in_pieces(function: Callable[..., None], *arguments: Tensor | None) -> None:

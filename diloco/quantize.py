@@ -48,16 +48,16 @@ def quantize8(
 ) -> None:
     x = difference(minuend, subtrahend, residual)
     scale = x.abs().amax(2) / 127
-    values.copy_(levels(x, scale, 127, keys).to(torch.int8))
+    values.copy_(levels(x, scale, 127, keys))
     scales.copy_(scale)
 
 
 def dequantize8(scales: Tensor, values: Tensor, out: Tensor) -> None:
-    out.copy_(values.float() * scales.unsqueeze(2))
+    out.copy_(values * scales.unsqueeze(2))
 
 
 def dequantize8_accumulate(scales: Tensor, values: Tensor, weight: Tensor, total: Tensor) -> None:
-    total.add_((values.float() * scales.unsqueeze(2)) * weight)
+    total.add_((values * scales.unsqueeze(2)) * weight)
 
 
 def quantize4(
@@ -75,12 +75,13 @@ def quantize4(
     scale = up.view(torch.float32)
     level = levels(x, scale, 7, keys)
     half = x.shape[2] // 2
-    values.copy_((level[:, :, :half] + level[:, :, half:] * 16 + 136).to(torch.uint8))
+    values.copy_(level[:, :, :half] + level[:, :, half:] * 16 + 136)
     scales.copy_(scale)
 
 
 def unpack4(scales: Tensor, values: Tensor) -> Tensor:
-    level = torch.cat([values & 15, values >> 4], 2).float() - 8
+    high = (values * 0.0625).floor()
+    level = torch.cat([values - high * 16, high], 2) - 8
     return level * scales.float().unsqueeze(2)
 
 
