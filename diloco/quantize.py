@@ -16,12 +16,12 @@ from diloco.rounding import stochastic
 
 
 def levels(x: Tensor, scale: Tensor, limit: int, keys: Tensor | None) -> Tensor:
-    """x / scale as int32 in [-limit, limit]: to the nearest, half to even, or stochastically with keys. (A scale that is
+    """x / scale, whole numbers in [-limit, limit]: to the nearest, half to even, or stochastically with keys. (A scale that is
     subnormal is coarse enough for a quotient beyond the limit.)"""
     divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(2)
     quotient = x / divisor
     rounded = quotient.round() if keys is None else stochastic(quotient, x, keys)
-    return rounded.to(torch.int32).clamp(-limit, limit)
+    return rounded.clamp(-limit, limit)
 
 
 def convert(
