@@ -15,14 +15,20 @@ from torch import Tensor
 from ckpt.checkpoint import DamagedError, verify
 from ckpt.store import StoreError
 from diloco.checkpoints import go_back, save_bits
+from diloco.fetching import Fetch
+from diloco.fold import State
 from diloco.fragments import digest
 from diloco.journal import Journal, say
 from diloco.losing import Search
 from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
 from diloco.planes import Bits
+from elastic.fetching import Transfer, Want
+from elastic.plan import CHUNK
 from elastic.pulse import ENTRIES
-from elastic.recovery import fetch
+from elastic.ranges import Range
+from elastic.recovery import Donor, base_of
+from elastic.wire import MAX_PAYLOAD, NONSENSE
 
 if TYPE_CHECKING:
     from diloco.trainer import Trainer
@@ -75,14 +81,10 @@ def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) 
 def _ahead(trainer: Trainer, seq: int, fragment: int) -> list[str]:
     """Whose parameters hold round `seq`: a member that answers, or a checkpoint, for which bits are not kept. Nothing is lost
     then. Raises StoreError."""
-    blocks = trainer.fragments[fragment].blocks
     for donor in _others(trainer):
-        try:
-            pieces = fetch(trainer.links.node, [donor], blocks, "theta", fragment, 0, 1)
-        except OSError:
-            continue
-        if pieces[0].base >= seq:
-            return list(donor)
+        with suppress(OSError, *NONSENSE):
+            if base_of(trainer.links.node, donor, "planes", fragment) >= seq:
+                return [donor.member, *donor.endpoints]
     checkpoints = trainer.links.checkpoints
     for manifest in checkpoints.candidates():
         if manifest["seq"] >= seq and manifest["epoch"] == trainer.state.epoch:
@@ -101,7 +103,7 @@ def leap(trainer: Trainer, entry: dict[str, Any], source: list[str]) -> bool:
         if stored:
             bases, flats = trainer.links.checkpoints.load_fragment(source[0], f, trainer.planes)
         else:
-            bases, flats = fetch_fragment(trainer, [tuple(source)], f)
+            bases, flats = fetch_fragment(trainer, Donor(source[0], tuple(source[1:])), f)
     except (OSError, DamagedError) as error:
         print(f"{trainer.links.member}: {error}", flush=True)
     said = trainer.region.gather_bytes(json.dumps(sorted(bases)).encode())
@@ -120,17 +122,26 @@ def leap(trainer: Trainer, entry: dict[str, Any], source: list[str]) -> bool:
     return True
 
 
-def fetch_fragment(trainer: Trainer, donors: list[tuple[str, ...]], f: int) -> tuple[set[int], list[Tensor]]:
-    """This rank's slices of θ and moments, and the seqs of the last rounds in their blocks: none if it has no blocks, and not
-    to be used if they are several. Raises OSError."""
-    blocks, own = trainer.fragments[f].blocks, trainer.planes.slices[f]
-    fetched = [fetch(trainer.links.node, donors, blocks, plane, f, *own) for plane in trainer.planes.names]
-    flats = [torch.cat([torch.empty(0), *(p.data.view(torch.float32) for p in pieces)]) for pieces in fetched]
-    return {piece.base for pieces in fetched for piece in pieces}, flats
+def fetch_fragment(trainer: Trainer, donor: Donor, f: int) -> tuple[set[int], list[Tensor]]:
+    """This rank's slices of θ and moments, and the seqs of the last rounds in their blocks, on any rank: not to be used if they
+    are several. Collective. Raises OSError."""
+    journal = Journal(trainer.links.store)
+    entries: list[bytes] = []
+
+    def look() -> tuple[list[bytes], State]:
+        entries.extend(journal.read())
+        assert journal.state is not None
+        return entries, journal.state
+
+    flats = [torch.empty_like(trainer.planes.theta[f]) for _ in trainer.planes.names]
+    fetch = Fetch(trainer.links.node, trainer.region, trainer.planes, {f: flats})
+    fetch.run([donor], look)
+    trainer.unproven.update(fetch.words)
+    return set(fetch.bases[f]), flats
 
 
-def _others(trainer: Trainer) -> list[tuple[str, ...]]:
-    return [m.endpoints for m in trainer.state.members.values() if m.id != trainer.links.member]
+def _others(trainer: Trainer) -> list[Donor]:
+    return [Donor(m.id, m.endpoints) for m in trainer.state.members.values() if m.id != trainer.links.member]
 
 
 def answer_lost(trainer: Trainer, seq: int) -> None:
@@ -161,20 +172,35 @@ def _have(trainer: Trainer, seq: int) -> None:
 
 
 def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor | None:
-    """Those of a round that this region took no part in: from a member, else from the store. None: from neither. Collective."""
+    """Those of a round that this region took no part in: from members, else from the store. None: from neither. Collective."""
     f, members = entry["fragment"], len(entry["answers"])
-    donors = _others(trainer)
-    blocks, (first, last) = trainer.fragments[f].blocks, trainer.planes.slices[f]
+    first, last = trainer.planes.slices[f]
     bits: Tensor | None
     try:
-        pieces = fetch(trainer.links.node, donors, blocks, f"bits/{entry['seq']}", f, first, last)
-        bits = torch.cat([torch.empty(0, dtype=torch.uint8), *(piece.data for piece in pieces)])
+        bits = _from_members(trainer, entry, first, last)
     except OSError:
         bits = _stored(trainer, entry, first, last)
     digests = b"" if bits is None else trainer.averaging.digests(f, first, last, bits, members)
     whole = digest(b"".join(trainer.region.gather_bytes(digests)))
     if bits is None or whole != entry["digest"]:
         return None
+    return bits
+
+
+def _from_members(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> Tensor:
+    """Raises OSError."""
+    f, seq = entry["fragment"], entry["seq"]
+    size = partial(trainer.averaging.result_size, f, members=len(entry["answers"]))
+    bits = torch.empty(size(first, last), dtype=torch.uint8)
+
+    def check(one: Range, data: bytearray) -> bool:
+        return len(data) == size(one.first, one.last)
+
+    def place(one: Range, data: bytearray) -> None:
+        bits[size(first, one.first) : size(first, one.last)] = torch.frombuffer(data, dtype=torch.uint8)
+
+    want = Want(f, trainer.fragments[f].blocks, first, last, base=seq)
+    Transfer(trainer.links.node, _others(trainer), f"bits/{seq}", [want], CHUNK, check, place).run()
     return bits
 
 
@@ -188,12 +214,16 @@ def _stored(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> T
 
 
 def serve_blocks(trainer: Trainer, plane: str, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
-    """What other members fetch: (seq of the last round in it, data) of blocks of theta or momentum, or of the bits of a
-    recent round; None if this rank does not have them. Any thread."""
-    if not plane.startswith("bits/"):
-        return trainer.planes.read(plane, fragment, first, last)
+    """What other members fetch: (seq of the last round in it, data) of blocks of θ and moments, of their digests, or of the
+    bits of a recent round; None if this rank does not have them, or they are too many for a frame. Any thread."""
+    planes, of = trainer.planes, trainer.fragments[fragment]
+    if plane == "planes":
+        fits = 4 * of.block * (last - first) * len(planes.names) <= MAX_PAYLOAD
+        return planes.read(fragment, first, last) if fits or last - first == 1 else None
+    if plane == "digests":
+        return planes.read_digests(fragment, first, last)
     seq = int(plane.removeprefix("bits/"))
-    bits, mine = trainer.planes.bits.get(seq), trainer.planes.slices[fragment]
+    bits, mine = planes.bits.get(seq), planes.slices[fragment]
     if bits is None or bits.fragment != fragment or not mine[0] <= first <= last <= mine[1]:
         return None
     size = partial(trainer.averaging.result_size, fragment, members=bits.members)

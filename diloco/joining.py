@@ -27,6 +27,7 @@ from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold
 from diloco.fragments import digest
 from diloco.journal import Journal
 from diloco.parallel import on_rank_0
+from diloco.resetting import resume_samples
 from diloco.restoring import restore
 from diloco.trainer import Links, Trainer
 from elastic import recovery
@@ -226,7 +227,7 @@ def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) 
     node.identity = Identity(state.run, canonical(dict(state.fingerprint)).decode(), member, region.rank)
     exchanger = Exchange(exchanges, partial(_lost, member))
     stack.callback(exchanger.close)
-    recovery.serve(node, partial(serve_blocks, trainer))
+    recovery.serve(node, partial(serve_blocks, trainer), cfg.elastic.congestion)
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
@@ -314,7 +315,7 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str], dat
             if not joined and trainer.cfg.region.name in trainer.state.expelled:
                 raise ConfigError(f"region.name={expelled(trainer.cfg.region.name)}")
             joined = joined or trainer.links.member in trainer.state.members  # once: who was succeeded stays out
-    trainer.resume_samples()
+    resume_samples(trainer)
 
 
 def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside: str, stack: ExitStack) -> None:

@@ -4,7 +4,7 @@ own error-feedback residual, and the last rounds' bits."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diloco.fragments import Fragment, block_digests
 from diloco.outer import AdamW, adamw, nesterov
+from elastic.plan import CHUNK, chunks
 
 Update = Callable[[int, int, Tensor], None]
 """(first element, end, gradient): steps the planes there, in place."""
@@ -30,8 +31,8 @@ class Bits:
 class Planes:
     """θ and moments of every fragment, in this rank's slice [first block, last block): Nesterov's momentum, or AdamW's two.
 
-    `bases[f]` is the journal seq of the last round in fragment f's planes. Blocks are served to joiners from another
-    thread, so a step and a read exclude each other: nobody gets a torn block.
+    `bases[f]` is the journal seq of the last round in fragment f's planes. Blocks are served to joiners from other
+    threads, so a step and a read exclude each other: nobody gets a torn block, or θ and moments of different rounds.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class Planes:
         """What compression has left out of this region's contributions so far."""
         self.bases = [-1] * len(fragments)
         """-1: not loaded yet."""
+        self._ahead: list[dict[int, int]] = [{} for _ in fragments]
+        """Block -> the last round in it, of those that came from a peer with newer ones than the rest: until the rest has
+        caught up, rounds step the rest alone."""
+        self._digests: dict[tuple[str, int], tuple[int, bytes]] = {}
+        """(plane, fragment) -> (base, digests of this rank's blocks) that were computed last."""
         self.bits: dict[int, Bits] = {}
         """seq -> result of the last rounds, for who missed them."""
         self._lock = threading.Lock()
@@ -68,7 +74,25 @@ class Planes:
         with self._lock:
             for name, flat in zip(self.names, flats, strict=True):
                 getattr(self, name)[fragment].copy_(flat)
-            self.bases[fragment] = base
+            self._set_base(fragment, base)
+
+    def forget(self, fragment: int) -> None:
+        """Not loaded: what is written into the planes now is nobody's yet."""
+        with self._lock:
+            self._set_base(fragment, -1)
+
+    def arrived(self, fragment: int, base: int, held: Sequence[int]) -> None:
+        """All of this rank's blocks were written into the planes. held: the last round in each, not older than `base`."""
+        with self._lock:
+            self._set_base(fragment, base)
+            first = self.slices[fragment][0]
+            self._ahead[fragment] = {first + i: seq for i, seq in enumerate(held) if seq > base}
+
+    def _set_base(self, fragment: int, base: int) -> None:
+        self.bases[fragment] = base
+        self._ahead[fragment].clear()
+        for name in self.names:
+            self._digests.pop((name, fragment), None)
 
     def step(self, seq: int, bits: Bits, gradients: Iterable[Tensor], lr: float, mu: float) -> Tensor:
         """The outer step of round `seq`; its bits are kept for the last two rounds of every fragment. gradients: the
@@ -101,10 +125,12 @@ class Planes:
             for gradient in gradients:
                 stop = start + gradient.numel()
                 squares += gradient.double().square_().sum()
-                update(start, stop, gradient)
+                for a, b in self._behind(fragment, start, stop, seq):
+                    update(a, b, gradient[a - start : b - start])
                 start = stop
             assert start == self._elements(fragment)
             self.bases[fragment] = seq
+            self._ahead[fragment] = {block: at for block, at in self._ahead[fragment].items() if at > seq}
             self.bits[seq] = bits
             for old in sorted(self.bits)[: -2 * len(self.fragments)]:
                 del self.bits[old]
@@ -114,16 +140,59 @@ class Planes:
         for residual in self.residual or []:
             residual.zero_()
 
-    def digests(self, plane: str, fragment: int) -> bytes:
-        """32 bytes for each of this rank's blocks."""
-        return block_digests(getattr(self, plane)[fragment], self.fragments[fragment].block)
+    def _behind(self, fragment: int, start: int, stop: int, seq: int) -> Iterator[tuple[int, int]]:
+        """Runs of this rank's elements [start, stop), which are whole blocks, that do not hold round `seq` yet."""
+        ahead, block = self._ahead[fragment], self.fragments[fragment].block
+        if not ahead:
+            yield start, stop
+            return
+        first = self.slices[fragment][0]
+        for a in range(start, stop, block):
+            if ahead.get(first + a // block, -1) < seq:
+                yield a, min(a + block, stop)
 
-    def read(self, plane: str, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
-        """(base, copy of the blocks [first, last)) for a joiner; None if they are not this rank's, or not loaded."""
-        mine = self.slices[fragment]
+    def digests(self, plane: str, fragment: int) -> bytes:
+        """32 bytes for each of this rank's blocks; computed once a round. Any thread."""
+        first, last = self.slices[fragment]
+        known = self._digests.get((plane, fragment))
+        while known is None or known[0] != self.bases[fragment]:
+            base, found = self.bases[fragment], []
+            for a, b in chunks(first, last, CHUNK):
+                with self._lock:  # held for a copy of 1 MiB: the loop goes on between two
+                    piece = self._cut(plane, fragment, a, b).clone()
+                found.append(block_digests(piece, self.fragments[fragment].block))
+                if self.bases[fragment] != base:
+                    break
+            else:
+                known = self._digests[plane, fragment] = base, b"".join(found)
+        return known[1]
+
+    def read(self, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
+        """(base, fp32 copy of the blocks [first, last) of every plane, one plane after the other) for a joiner; None if they
+        are not this rank's, or not loaded."""
         with self._lock:
-            if plane not in self.names or not mine[0] <= first <= last <= mine[1] or self.bases[fragment] < 0:
+            if not self._serves(fragment, first, last):
                 return None
-            origin, _ = self.fragments[fragment].span(*mine)
-            start, stop = self.fragments[fragment].span(first, last)
-            return self.bases[fragment], getattr(self, plane)[fragment][start - origin : stop - origin].clone()
+            return self.bases[fragment], torch.cat([self._cut(name, fragment, first, last) for name in self.names])
+
+    def read_digests(self, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
+        """(base, uint8: 32 bytes for each of the blocks [first, last) of every plane, one plane after the other), or None."""
+        own = self.slices[fragment][0]
+        while self._serves(fragment, first, last):
+            base = self.bases[fragment]
+            found = b"".join(
+                self.digests(name, fragment)[32 * (first - own) : 32 * (last - own)] for name in self.names
+            )
+            if self.bases[fragment] == base:
+                return base, torch.frombuffer(bytearray(found), dtype=torch.uint8) if found else torch.empty(0)
+        return None
+
+    def _serves(self, fragment: int, first: int, last: int) -> bool:
+        a, b = self.slices[fragment]
+        return a <= first <= last <= b and self.bases[fragment] >= 0 and not self._ahead[fragment]
+
+    def _cut(self, plane: str, fragment: int, first: int, last: int) -> Tensor:
+        flat: Tensor = getattr(self, plane)[fragment]
+        origin, _ = self.fragments[fragment].span(*self.slices[fragment])
+        start, stop = self.fragments[fragment].span(first, last)
+        return flat[start - origin : stop - origin]

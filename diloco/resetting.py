@@ -22,6 +22,20 @@ def start_again(trainer: Trainer) -> None:
         print(f"{trainer.links.member}: its contribution was rejected, going on from the run's parameters", flush=True)
 
 
+def resume_samples(trainer: Trainer) -> None:
+    """After a restart, with the first leases: the samples that the local parameters have seen are not trained on again. If
+    other samples come first now, that work is given up instead. Collective."""
+    if not trainer.reader.resume(trainer.taken):
+        trainer.take_theta()
+        if trainer.region.rank == 0:
+            print(
+                f"{trainer.links.member}: another region has the samples that its uncommitted steps were made of: going on "
+                "from the run's parameters",
+                flush=True,
+            )
+    trainer.taken = []
+
+
 def keep(trainer: Trainer, order: Order) -> None:
     """What nothing else would keep: a run that was stopped by hand has not saved its last state, and without `ckpt.durable`
     no round's bits are in the store. Collective."""

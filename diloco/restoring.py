@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from diloco.bits import AGAIN, fetch_fragment, find_bits
+from diloco.bits import AGAIN, find_bits
 from diloco.checkpoints import go_back, none_whole
 from diloco.errors import ConfigError
+from diloco.fetching import Fetch
 from diloco.fold import State, fold
 from diloco.journal import Journal
 from diloco.lineage import rounds_after
@@ -16,6 +18,7 @@ from diloco.losing import Search
 from diloco.parallel import on_rank_0
 from diloco.trainer import Trainer
 from elastic.node import Node
+from elastic.recovery import Donor
 
 
 def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
@@ -27,17 +30,15 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
             entries.append(entry.encode())
             trainer.state = fold(trainer.state, entries[-1])
         return False
-    if choice["donors"] and not _load_from(trainer, [tuple(d) for d in choice["donors"]]):
+    donors = [Donor(member, tuple(endpoints)) for member, endpoints in choice["donors"]]
+    if donors and not _load_from(trainer, journal, entries, donors):
         return False
     if (manifest := choice["manifest"]) is not None:
         links.checkpoints.load(manifest, trainer.planes)
-        for before, entry in rounds_after(entries, manifest["seq"]):
-            if (bits := find_bits(trainer, entry)) is None:
-                return False
-            trainer.outer_step(before, entry, bits)
-            trainer.stored[entry["seq"]] = entry["attempt"]
+        if not _replay(trainer, rounds_after(entries, manifest["seq"])):
+            return False
     trainer.adopt()
-    _restore_own(trainer, choice["own"], choice["exact"])
+    _restore_own(trainer, choice["own"])
     if region.rank == 0:
         source = f"checkpoint {manifest['prefix']}" if manifest else "a member that is alive"
         inner = f"inner state of entry {choice['own']['seq']}" if choice["own"] else "fresh inner state"
@@ -45,9 +46,20 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
     return True
 
 
-def _restore_own(trainer: Trainer, own: dict[str, Any] | None, exact: bool) -> None:
-    """The region's own inner state. exact: no round was committed since, so local parameters and counters hold, too."""
+def _replay(trainer: Trainer, rounds: Sequence[tuple[State, dict[str, Any]]]) -> bool:
+    """Steps what has been loaded through committed rounds. False: the bits of one are not to be had. Collective."""
+    for before, entry in rounds:
+        if (bits := find_bits(trainer, entry)) is None:
+            return False
+        trainer.outer_step(before, entry, bits)
+        trainer.stored[entry["seq"]] = entry["attempt"]
+    return True
+
+
+def _restore_own(trainer: Trainer, own: dict[str, Any] | None) -> None:
+    """The region's own inner state. If no round was committed since, local parameters and counters hold, too."""
     if own is not None:
+        exact = own["seq"] >= max(fragment.base for fragment in trainer.state.fragments)
         trainer.links.checkpoints.load_own(own, trainer.inner, trainer.planes, moments_only=not exact)
         if exact:
             trainer.resume_from(own["progress"])
@@ -56,13 +68,11 @@ def _restore_own(trainer: Trainer, own: dict[str, Any] | None, exact: bool) -> N
 def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[str, Any]:
     """Rank 0: where to load from; or the entries that appeared meanwhile, a `rewind` of our own among them."""
     new = [entry.decode() for entry in journal.read()]
-    choice: dict[str, Any] = {"entries": new, "donors": [], "manifest": None, "own": None, "exact": False}
+    choice: dict[str, Any] = {"entries": new, "donors": [], "manifest": None, "own": None}
     if new:
         return choice
     state, checkpoints = trainer.state, trainer.links.checkpoints
-    own = checkpoints.newest_whole(checkpoints.own(trainer.cfg.region.name), entries)
-    choice["own"] = own
-    choice["exact"] = own is not None and own["seq"] >= max(fragment.base for fragment in state.fragments)
+    choice["own"] = checkpoints.newest_whole(checkpoints.own(trainer.cfg.region.name), entries)
     choice["donors"] = _alive(trainer.links.node, state)
     if not choice["donors"]:
         choice["manifest"] = manifest = checkpoints.newest_whole(checkpoints.candidates(), entries)
@@ -95,8 +105,8 @@ def _wait_for_bits(trainer: Trainer, journal: Journal, entry: dict[str, Any]) ->
     return []
 
 
-def _alive(node: Node, state: State) -> list[tuple[str, ...]]:
-    """The endpoints of the members whose rank 0 answers."""
+def _alive(node: Node, state: State) -> list[tuple[str, tuple[str, ...]]]:
+    """The members whose rank 0 answers, and their ranks' endpoints."""
     found = []
     for member in state.members.values():
         try:
@@ -104,32 +114,40 @@ def _alive(node: Node, state: State) -> list[tuple[str, ...]]:
         except OSError:
             continue  # a member of an earlier life
         node.release(connection)
-        found.append(member.endpoints)
+        found.append((member.id, member.endpoints))
     return found
 
 
-def _load_from(trainer: Trainer, donors: list[tuple[str, ...]]) -> bool:
-    """Every rank fetches its own slices. False if that did not give one whole state: then the journal has moved on, or
-    the donor is gone."""
-    mine = []
-    for fragment in trainer.fragments:
-        f = fragment.index
-        try:
-            bases, flats = fetch_fragment(trainer, donors, f)
-        except OSError as error:
-            print(f"{trainer.links.member}: {error}", flush=True)
-            mine.append({-1})
-            continue
-        bases = bases or {trainer.state.fragments[f].base}
-        mine.append(bases)
-        if len(bases) == 1:
-            trainer.planes.load(f, bases.copy().pop(), *flats)
-    everyone = [
-        json.loads(data) for data in trainer.region.gather_bytes(json.dumps([sorted(b) for b in mine]).encode())
-    ]
-    for f, expected in enumerate(trainer.state.fragments):
-        bases = {base for rank in everyone for base in rank[f]}
-        if len(bases) != 1 or min(bases) < expected.base:
-            time.sleep(0.2)  # a round commits there just now
-            return False
-    return True
+def _load_from(trainer: Trainer, journal: Journal, entries: list[bytes], donors: Sequence[Donor]) -> bool:
+    """Every rank fetches its own slices from all donors, and replays what was committed meanwhile. False: that gave no whole
+    state. Collective."""
+    planes, region, new = trainer.planes, trainer.region, list[bytes]()
+
+    def look() -> tuple[list[bytes], State]:
+        new.extend(journal.read())
+        assert journal.state is not None
+        return [*entries, *new], journal.state
+
+    into = {f: [getattr(planes, name)[f] for name in planes.names] for f in range(len(planes.fragments))}
+    for f in into:
+        planes.forget(f)
+    fetch, epoch = Fetch(trainer.links.node, region, planes, into), trainer.state.epoch
+    try:
+        fetch.run(donors, look)
+    except OSError as error:
+        print(f"{trainer.links.member}: {error}", flush=True)
+        time.sleep(AGAIN)
+    for text in json.loads(region.broadcast_bytes(json.dumps([data.decode() for data in new]).encode())):
+        entries.append(text.encode())
+        trainer.state = fold(trainer.state, entries[-1])
+    if not fetch.bases or trainer.state.epoch != epoch:
+        return False
+    trainer.unproven = fetch.words
+    for f, held in fetch.held.items():
+        planes.arrived(f, fetch.bases[f][0], held)
+    if region.rank == 0:
+        shares = ", ".join(f"{count / 1e6:.3g} MB from {member}" for member, count in sorted(fetch.served.items()))
+        print(f"{trainer.links.member}: fetched {shares}", flush=True)
+    oldest = min(planes.bases)
+    late = [(s, e) for s, e in rounds_after(entries, oldest) if e["seq"] > planes.bases[e["fragment"]]]
+    return _replay(trainer, late)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ckpt.store import Store, StoreError
+from diloco.agreeing import Roots, prove
 from diloco.averaging import Averaging
 from diloco.bits import answer_lost, find_bits
 from diloco.checkpoints import Checkpoints
@@ -95,6 +96,8 @@ class Trainer:
         """The bits of a round could not be had: a rewind follows, or this region leaves."""
         self.taken: list[list[int]] = []
         """Before the first leases after a restart: ranges of samples that the local parameters have seen already."""
+        self.unproven: dict[tuple[int, int], Roots] = {}
+        """(fragment, base) -> digests of theta and moments that were fetched, until an entry names them."""
         self._digests: dict[tuple[str, int], tuple[int, str]] = {}
         """(plane, fragment) -> (base, digest) that was computed last."""
 
@@ -279,6 +282,7 @@ class Trainer:
     def outer_step(self, before: State, entry: dict[str, Any], bits: Bits) -> Tensor:
         """Theta and momentum after a round, from its bits in this rank's slice. before: the state that it was committed on.
         Returns the sum of the squares of the averaged pseudo-gradient there."""
+        prove(self.unproven, entry)
         first, last = self.planes.slices[bits.fragment]
         weights = before.weights(bits.fragment, entry["answers"])
         decode = partial(self.averaging.decode_runs, bits.fragment, first, last, bits.data, weights)
@@ -314,19 +318,6 @@ class Trainer:
         self.clock.load(progress["clock"])
         self.at_theta = set(progress["at_theta"])
         self.taken = progress["taken"]
-
-    def resume_samples(self) -> None:
-        """After a restart, with the first leases: the samples that the local parameters have seen are not trained on again.
-        If other samples come first now, that work is given up instead. Collective."""
-        if not self.reader.resume(self.taken):
-            self.take_theta()
-            if self.region.rank == 0:
-                print(
-                    f"{self.links.member}: another region has the samples that its uncommitted steps were made of: going on "
-                    "from the run's parameters",
-                    flush=True,
-                )
-        self.taken = []
 
     def after_round(self, before: State, entry: dict[str, Any], squares: Tensor, overlap: int) -> None:
         """Report, evaluate and save what is due. overlap: inner steps since this region's snapshot for it. Collective."""

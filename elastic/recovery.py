@@ -1,4 +1,4 @@
-"""Fetching what a member lacks from the other members: blocks of θ and momentum, and the bits of committed rounds."""
+"""Serving what other members lack: blocks of planes, their digests, and the bits of committed rounds; and asking one for it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic import tcp
 from elastic.node import Node
 from elastic.plan import chunks, rank_blocks
-from elastic.wire import Connection, Message
+from elastic.wire import MAX_PAYLOAD, Connection, Message
 
-TIMEOUT = 30.0
-"""Seconds for one reply."""
+STALL = 10.0
+"""Seconds of silence after which a donor is given up."""
+NOTHING = -1
+"""The base of who does not have what is asked for."""
 
 
 class Unavailable(OSError):
@@ -21,69 +24,72 @@ class Unavailable(OSError):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Blocks [first, last) of a plane as one donor rank had them: bytes, and the seq of the last round in them."""
-
-    first: int
-    last: int
-    base: int
-    data: Tensor
+class Donor:
+    member: str
+    endpoints: tuple[str, ...]
+    """Of its ranks."""
 
 
 Read = Callable[[str, int, int, int], tuple[int, Tensor] | None]
-"""(plane, fragment, first block, last block) -> (base, tensor), or None. plane is theta, momentum, or bits/<seq>."""
+"""(plane, fragment, first block, last block) -> (base: seq of the last round in it, copy of the data), or None."""
 
 
-def serve(node: Node, read: Read) -> None:
-    """Answers fetch connections from `read`, in threads of their own."""
+def serve(node: Node, read: Read, congestion: str = "") -> None:
+    """Answers fetch connections from `read`, each in a thread of its own. An ask may say which base it wants. Asks may be
+    sent ahead of their answers, which come in order."""
 
     def handler(connection: Connection, hello: Message) -> None:
+        tcp.tune(connection.sock, congestion)
         while True:
             ask, _ = connection.receive()
             found = read(str(ask["plane"]), int(ask["fragment"]), int(ask["first"]), int(ask["last"]))
-            if found is None:
-                connection.send({"type": "none"})
+            base, data = (NOTHING, None) if found is None else found
+            if data is None or ask.get("base", base) != base:
+                connection.send({"type": "none", "base": base})
             else:
-                base, data = found
                 connection.send({"type": "blocks", "base": base}, data.view(torch.uint8).numpy().data)
 
     node.handlers["fetch"] = handler
 
 
-def fetch(
-    node: Node, donors: Sequence[tuple[str, ...]], blocks: int, plane: str, fragment: int, first: int, last: int
-) -> list[Piece]:
-    """Blocks [first, last) from the first donor (its ranks' endpoints) that has them all. Raises Unavailable."""
-    reasons = []
-    for endpoints in donors:
-        try:
-            return _from_donor(node, endpoints, blocks, plane, fragment, first, last)
-        except OSError as error:
-            reasons.append(str(error))
-    raise Unavailable(
-        f"no member has {plane} of fragment {fragment}: {'; '.join(reasons) or 'there is no other member'}"
-    )
+def ask(connection: Connection, plane: str, fragment: int, first: int, last: int, base: int | None = None) -> None:
+    """Raises OSError."""
+    wanted = {} if base is None else {"base": base}
+    connection.send({"type": "ask", "plane": plane, "fragment": fragment, "first": first, "last": last, **wanted})
 
 
-def _from_donor(
-    node: Node, endpoints: tuple[str, ...], blocks: int, plane: str, fragment: int, first: int, last: int
-) -> list[Piece]:
-    pieces = []
-    for rank, endpoint in enumerate(endpoints):
-        a, b = rank_blocks(blocks, rank, len(endpoints))
-        a, b = max(a, first), min(b, last)
-        if a < b:
-            connection, _ = node.dial(endpoint, "fetch", TIMEOUT)
-            try:
-                pieces += [_ask(connection, plane, fragment, *chunk) for chunk in chunks(a, b)]
-            finally:
-                node.release(connection)
-    return pieces
-
-
-def _ask(connection: Connection, plane: str, fragment: int, first: int, last: int) -> Piece:
-    connection.send({"type": "ask", "plane": plane, "fragment": fragment, "first": first, "last": last})
+def answer(connection: Connection) -> tuple[int, bytearray | None]:
+    """The base that the donor has, and the data if it is the one that was asked for. Raises OSError, KeyError or ValueError."""
     reply, payload = connection.receive()
-    if reply.get("type") != "blocks":
-        raise Unavailable(f"{connection.sock.getpeername()} does not have them")
-    return Piece(first, last, int(reply["base"]), torch.frombuffer(payload, dtype=torch.uint8))
+    return int(reply["base"]), payload if reply["type"] == "blocks" else None
+
+
+def read_all(
+    node: Node, donor: Donor, plane: str, fragments: Sequence[tuple[int, int]], nbytes: int
+) -> list[tuple[int, list[bytearray]]]:
+    """Everything that a donor has of a plane with `nbytes` a block: (base, runs of blocks in order) of each fragment; the
+    base is NOTHING if its ranks differ. fragments: (index, blocks). Raises OSError."""
+    bases: list[set[int]] = [set() for _ in fragments]
+    runs: list[list[bytearray]] = [[] for _ in fragments]
+    for rank, endpoint in enumerate(donor.endpoints):
+        connection, _ = node.dial(endpoint, "fetch", STALL)
+        try:
+            for i, (f, blocks) in enumerate(fragments):
+                for first, last in chunks(*rank_blocks(blocks, rank, len(donor.endpoints)), MAX_PAYLOAD // nbytes):
+                    ask(connection, plane, f, first, last)
+                    base, data = answer(connection)
+                    bases[i].add(base)
+                    runs[i].append(data or bytearray())
+        finally:
+            node.release(connection)
+    return [(base.pop() if len(base) == 1 else NOTHING, run) for base, run in zip(bases, runs, strict=True)]
+
+
+def base_of(node: Node, donor: Donor, plane: str, fragment: int) -> int:
+    """The seq of the last round in what a donor has. Raises OSError."""
+    connection, _ = node.dial(donor.endpoints[0], "fetch", STALL)
+    try:
+        ask(connection, plane, fragment, 0, 0)
+        return answer(connection)[0]
+    finally:
+        node.release(connection)

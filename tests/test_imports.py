@@ -36,6 +36,7 @@ HYDRA = {
 }
 
 PURE = {
+    "diloco/agreeing.py",
     "diloco/averaging.py",
     "diloco/blockwise.py",
     "diloco/clock.py",
@@ -61,6 +62,7 @@ PURE = {
     "elastic/order.py",
     "elastic/plan.py",
     "elastic/proposal.py",
+    "elastic/ranges.py",
     "elastic/rounds.py",
 }
 """Algorithms: torch, the standard library and each other; no sockets, files, processes or clocks."""

@@ -197,8 +197,10 @@ def test_planes_step_alike_in_any_world(world: int, seed: int) -> None:
         bits = Bits(0, 2, torch.empty(0, dtype=torch.uint8))
         planes.step(7, bits, [torch.from_numpy(gradient[start:stop])], LR, MU)
         assert planes.bases == [7]
-        for plane, parts in joined.items():
-            parts.append(planes.read(plane, 0, *mine)[1].numpy())  # type: ignore[index]
+        base, both = planes.read(0, *mine)  # type: ignore[misc]
+        assert base == 7
+        for (plane, parts), flat in zip(joined.items(), both.view(2, -1), strict=True):
+            parts.append(flat.numpy())
             digests[plane] += planes.digests(plane, 0)
     assert same_bits(np.concatenate(joined["theta"]), expected[0])
     assert same_bits(np.concatenate(joined["momentum"]), expected[1])
@@ -210,14 +212,18 @@ def test_planes_step_alike_in_any_world(world: int, seed: int) -> None:
 def test_planes_serve_their_own_blocks_only() -> None:
     fragment = Fragment(0, (Slot("x", (10,), 0),), 2)
     planes = Planes([fragment], [(1, 4)])  # elements 2 to 7
-    assert planes.read("theta", 0, 1, 4) is None, "nothing is loaded yet"
+    assert planes.read(0, 1, 4) is None, "nothing is loaded yet"
     planes.load(0, 3, torch.arange(2.0, 8.0), torch.zeros(6))
-    base, got = planes.read("theta", 0, 2, 4)  # type: ignore[misc]
-    assert (base, got.tolist()) == (3, [4.0, 5.0, 6.0, 7.0])
+    base, got = planes.read(0, 2, 4)  # type: ignore[misc]
+    assert (base, got.tolist()) == (3, [4.0, 5.0, 6.0, 7.0, 0, 0, 0, 0])
+    base, digests = planes.read_digests(0, 2, 4)  # type: ignore[misc]
+    assert (
+        base == 3 and digests.numpy().tobytes() == planes.digests("theta", 0)[32:] + planes.digests("momentum", 0)[32:]
+    )
     got.zero_()
     assert planes.theta[0].tolist() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "a copy"
-    for plane, first, last in (("theta", 0, 2), ("theta", 3, 5), ("theta", 3, 2), ("secret", 1, 2)):
-        assert planes.read(plane, 0, first, last) is None
+    for first, last in ((0, 2), (3, 5), (3, 2)):
+        assert planes.read(0, first, last) is None and planes.read_digests(0, first, last) is None
 
 
 def test_planes_keep_the_bits_of_two_rounds_of_every_fragment() -> None:
