@@ -27,7 +27,7 @@ from elastic.fetching import Transfer, Want
 from elastic.plan import CHUNK
 from elastic.pulse import ENTRIES
 from elastic.ranges import Range
-from elastic.recovery import Donor, base_of
+from elastic.recovery import Donor, Lines, base_of
 from elastic.wire import MAX_PAYLOAD, NONSENSE
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor | None:
     first, last = trainer.planes.slices[f]
     bits: Tensor | None
     try:
-        bits = _from_members(trainer, entry, first, last)
+        bits = from_members(trainer, entry, first, last)
     except OSError:
         bits = _stored(trainer, entry, first, last)
     digests = b"" if bits is None else trainer.averaging.digests(f, first, last, bits, members)
@@ -187,8 +187,8 @@ def fetch_bits(trainer: Trainer, entry: dict[str, Any]) -> Tensor | None:
     return bits
 
 
-def _from_members(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> Tensor:
-    """Raises OSError."""
+def from_members(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> Tensor:
+    """Blocks [first, last) of the bits of a round, uint8, not checked yet. Raises OSError."""
     f, seq = entry["fragment"], entry["seq"]
     size = partial(trainer.averaging.result_size, f, members=len(entry["answers"]))
     bits = torch.empty(size(first, last), dtype=torch.uint8)
@@ -200,7 +200,11 @@ def _from_members(trainer: Trainer, entry: dict[str, Any], first: int, last: int
         bits[size(first, one.first) : size(first, one.last)] = torch.frombuffer(data, dtype=torch.uint8)
 
     want = Want(f, trainer.fragments[f].blocks, first, last, base=seq)
-    Transfer(trainer.links.node, _others(trainer), f"bits/{seq}", [want], CHUNK, check, place).run()
+    lines = Lines(trainer.links.node)
+    try:
+        Transfer(lines, _others(trainer), f"bits/{seq}", [want], CHUNK, check, place).run()
+    finally:
+        lines.close()
     return bits
 
 

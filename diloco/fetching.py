@@ -19,7 +19,7 @@ from diloco.surveying import Look, Surveyed, survey
 from elastic.fetching import Transfer, Want
 from elastic.node import Node
 from elastic.ranges import Range
-from elastic.recovery import Donor, Unavailable
+from elastic.recovery import Donor, Lines, Unavailable
 
 RANGE = 1 << 20
 """Bytes that are asked for at a time, of all planes together: while a donor copies them, its outer step would have to wait."""
@@ -30,7 +30,7 @@ class Fetch:
 
     def __init__(self, node: Node, region: Region, planes: Planes, into: Mapping[int, Sequence[Tensor]]) -> None:
         """planes: what they look like; into: fragment -> the tensors to write, fp32, one per plane, of this rank's slice."""
-        self.node, self.region, self.planes, self.into = node, region, planes, into
+        self.lines, self.region, self.planes, self.into = Lines(node), region, planes, into
         self.held = {f: [-1] * (planes.slices[f][1] - planes.slices[f][0]) for f in into}
         """Fragment -> the last round in each block of the slice; -1: it has not come."""
         self.bases: dict[int, list[int]] = {}
@@ -42,11 +42,17 @@ class Fetch:
         """Member -> bytes that came from it."""
 
     def run(self, donors: Sequence[Donor], look: Look) -> None:
-        """Collective. Raises Unavailable on all ranks, with `into` in pieces."""
+        """Collective, once. Raises Unavailable on all ranks, with `into` in pieces."""
+        try:
+            self._run(donors, look)
+        finally:
+            self.lines.close()
+
+    def _run(self, donors: Sequence[Donor], look: Look) -> None:
         fragments = [self.planes.fragments[f] for f in self.into]
         over = False
         while not over:
-            ask = partial(survey, self.node, donors, fragments, len(self.planes.names), look)
+            ask = partial(survey, self.lines, donors, fragments, len(self.planes.names), look)
             said = on_rank_0(self.region, ask)
             if "reason" in said:
                 raise Unavailable(said["reason"])
@@ -81,7 +87,7 @@ class Fetch:
             return set()
         size = max(1, RANGE // (4 * self.planes.fragments[0].block * len(self.planes.names)))
         check, place = partial(self._check, surveyed), partial(self._place, surveyed)
-        transfer = Transfer(self.node, donors, "planes", wants, size, check, place)
+        transfer = Transfer(self.lines, donors, "planes", wants, size, check, place)
         try:
             transfer.run()
         finally:

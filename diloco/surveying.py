@@ -13,8 +13,7 @@ from typing import Any
 from diloco.agreeing import Agreed, Roots, agree, named, roots_of
 from diloco.fold import State
 from diloco.fragments import Fragment
-from elastic.node import Node
-from elastic.recovery import Donor, read_all
+from elastic.recovery import Donor, Lines, read_all
 from elastic.wire import NONSENSE
 
 DIGEST = 32
@@ -49,13 +48,13 @@ class Surveyed:
 
 
 def survey(
-    node: Node, donors: Sequence[Donor], fragments: Sequence[Fragment], planes: int, look: Look
+    lines: Lines, donors: Sequence[Donor], fragments: Sequence[Fragment], planes: int, look: Look
 ) -> dict[str, Any]:
     """The `fragments` to fetch, and the `members` to ask; or the `reason` why there is nothing. Waits a little for a second
     member to have merged what a first one has."""
     deadline = time.monotonic() + SETTLE
     while True:
-        said = _ask_all(node, donors, fragments, planes)
+        said = _ask_all(lines, donors, fragments, planes)
         try:
             entries, state = look()  # after the donors were asked: what they have is in the journal then
         except OSError as error:
@@ -63,7 +62,7 @@ def survey(
         found = [_agree(said, i, named(entries, state, f.index)) for i, f in enumerate(fragments)]
         firm = all(one is not None and (one.firm or len(said) < 2) for one in found)
         if firm or time.monotonic() > deadline:
-            return _verdict(node, said, fragments, found)
+            return _verdict(lines, said, fragments, found)
         time.sleep(0.1)
 
 
@@ -72,7 +71,7 @@ def _agree(said: dict[str, list[Said]], i: int, known: dict[int, Roots | None]) 
 
 
 def _verdict(
-    node: Node, said: dict[str, list[Said]], fragments: Sequence[Fragment], found: Sequence[Agreed | None]
+    lines: Lines, said: dict[str, list[Said]], fragments: Sequence[Fragment], found: Sequence[Agreed | None]
 ) -> dict[str, Any]:
     members, surveyed = set(said), []
     for i, (fragment, agreed) in enumerate(zip(fragments, found, strict=True)):
@@ -80,7 +79,7 @@ def _verdict(
             what = ", ".join(f"{member} has entry {ones[i][0]}" for member, ones in sorted(said.items()))
             return {"reason": f"no agreement on fragment {fragment.index}: {what or 'no member says what it has'}"}
         for member in agreed.liars:
-            who = node.identity.member if node.identity else ""
+            who = identity.member if (identity := lines.node.identity) else ""
             print(
                 f"{who}: {member} has another fragment {fragment.index} of entry {agreed.base} than the run: others are asked",
                 flush=True,
@@ -90,12 +89,14 @@ def _verdict(
     return {"members": sorted(members), "fragments": surveyed}
 
 
-def _ask_all(node: Node, donors: Sequence[Donor], fragments: Sequence[Fragment], planes: int) -> dict[str, list[Said]]:
+def _ask_all(
+    lines: Lines, donors: Sequence[Donor], fragments: Sequence[Fragment], planes: int
+) -> dict[str, list[Said]]:
     """By member, of those that answer."""
 
     def one(donor: Donor) -> list[Said] | None:
         try:
-            answers = read_all(node, donor, "digests", [(f.index, f.blocks) for f in fragments], DIGEST * planes)
+            answers = read_all(lines, donor, "digests", [(f.index, f.blocks) for f in fragments], DIGEST * planes)
         except (OSError, *NONSENSE) as error:
             print(f"{donor.member} does not say what it has: {error}", flush=True)
             return None

@@ -9,16 +9,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from elastic.node import Node
 from elastic.plan import rank_blocks
 from elastic.ranges import Range, Schedule, Source, split
-from elastic.recovery import NOTHING, STALL, Donor, Unavailable, answer, ask
+from elastic.recovery import NOTHING, STALL, Donor, Lines, Unavailable, answer, ask
 from elastic.wire import NONSENSE, Connection
 
 LEAST_ASKS, MOST_ASKS = 2, 64
 AHEAD = 0.5
 """Seconds of answers that are asked for ahead, at the rate at which they come: a long round trip costs nothing then, and
 there is little to wait for when a donor turns slow."""
+TIDY = 0.05
+"""Seconds that each connection gets to become free for the next transfer."""
 BEHIND = 0.1
 """Seconds until a donor that has not merged the wanted round yet is asked again."""
 
@@ -67,7 +68,7 @@ class Transfer:
 
     def __init__(
         self,
-        node: Node,
+        lines: Lines,
         donors: Sequence[Donor],
         plane: str,
         wants: Sequence[Want],
@@ -76,7 +77,7 @@ class Transfer:
         place: Callable[[Range, bytearray], None],
         stall: float = STALL,
     ) -> None:
-        self.node, self.donors, self.plane, self.stall = node, donors, plane, stall
+        self.lines, self.donors, self.plane, self.stall = lines, donors, plane, stall
         self.check, self.place = check, place
         self.served: Counter[str] = Counter()
         """Member -> bytes that came from it, whether they were needed or not."""
@@ -90,13 +91,20 @@ class Transfer:
     def run(self) -> list[Range]:
         """Returns what has not come because newer rounds did, in order. Raises Unavailable if donors ran out before."""
         connections: dict[Source, Connection] = {}
-        for source in self._schedule.alive:
-            threading.Thread(target=self._work, args=(source, connections), name="fetch", daemon=True).start()
+        threads = [
+            threading.Thread(target=self._work, args=(source, connections), name="fetch", daemon=True)
+            for source in self._schedule.alive
+        ]
+        for thread in threads:
+            thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._schedule.over)
             missing, moved = self._schedule.missing, set(self._schedule.left)
+        if missing:  # there will be more to ask for
+            for thread in threads:
+                thread.join(TIDY)
         for connection in list(connections.values()):  # what was asked twice is not waited for
-            self.node.release(connection)
+            self.lines.node.release(connection)
         if not moved.issuperset(missing):
             reasons = "; ".join(self.reasons.values()) or "there is no other member"
             raise Unavailable(f"no member has all of {self.plane}: {reasons}")
@@ -104,14 +112,17 @@ class Transfer:
 
     def _work(self, source: Source, connections: dict[Source, Connection]) -> None:
         member, rank = source
-        endpoint = next(donor.endpoints[rank] for donor in self.donors if donor.member == member)
+        donor = next(donor for donor in self.donors if donor.member == member)
         try:
-            connection, _ = self.node.dial(endpoint, "fetch", self.stall)
-            connections[source] = connection
+            connection = connections[source] = self.lines.take(donor, rank, self.stall)
             try:
                 self._ask(source, connection)
+            except BaseException:
+                self.lines.node.release(connection)
+                raise
             finally:
-                self.node.release(connection)
+                del connections[source]
+            self.lines.give(donor, rank, connection)
         except (OSError, *NONSENSE) as error:
             self._lose(source, error)
 

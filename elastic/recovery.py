@@ -64,15 +64,42 @@ def answer(connection: Connection) -> tuple[int, bytearray | None]:
     return int(reply["base"]), payload if reply["type"] == "blocks" else None
 
 
+class Lines:
+    """Connections to donors' ranks that nobody is using: who asks next need not dial, and finds a congestion window."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._idle: dict[tuple[str, int], Connection] = {}
+        self._closed = False
+
+    def take(self, donor: Donor, rank: int, timeout: float = STALL) -> Connection:
+        """timeout: seconds of silence. Raises OSError."""
+        if connection := self._idle.pop((donor.member, rank), None):
+            connection.sock.settimeout(timeout)
+            return connection
+        return self.node.dial(donor.endpoints[rank], "fetch", timeout)[0]
+
+    def give(self, donor: Donor, rank: int, connection: Connection) -> None:
+        """Nothing is under way on it."""
+        self._idle[donor.member, rank] = connection
+        if self._closed:
+            self.close()
+
+    def close(self) -> None:
+        self._closed = True
+        while self._idle:
+            self.node.release(self._idle.popitem()[1])
+
+
 def read_all(
-    node: Node, donor: Donor, plane: str, fragments: Sequence[tuple[int, int]], nbytes: int
+    lines: Lines, donor: Donor, plane: str, fragments: Sequence[tuple[int, int]], nbytes: int
 ) -> list[tuple[int, list[bytearray]]]:
     """Everything that a donor has of a plane with `nbytes` a block: (base, runs of blocks in order) of each fragment; the
     base is NOTHING if its ranks differ. fragments: (index, blocks). Raises OSError."""
     bases: list[set[int]] = [set() for _ in fragments]
     runs: list[list[bytearray]] = [[] for _ in fragments]
-    for rank, endpoint in enumerate(donor.endpoints):
-        connection, _ = node.dial(endpoint, "fetch", STALL)
+    for rank in range(len(donor.endpoints)):
+        connection = lines.take(donor, rank)
         try:
             for i, (f, blocks) in enumerate(fragments):
                 for first, last in chunks(*rank_blocks(blocks, rank, len(donor.endpoints)), MAX_PAYLOAD // nbytes):
@@ -80,8 +107,10 @@ def read_all(
                     base, data = answer(connection)
                     bases[i].add(base)
                     runs[i].append(data or bytearray())
-        finally:
-            node.release(connection)
+        except BaseException:
+            lines.node.release(connection)
+            raise
+        lines.give(donor, rank, connection)
     return [(base.pop() if len(base) == 1 else NOTHING, run) for base, run in zip(bases, runs, strict=True)]
 
 

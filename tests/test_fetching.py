@@ -27,6 +27,7 @@ from elastic import recovery
 from elastic.node import Identity, Node
 from elastic.plan import rank_blocks
 from elastic.recovery import Donor, Unavailable
+from tests.exchange_cluster import until
 
 BLOCK = 64
 FRAGMENTS = tuple(Fragment(f, (Slot("w", (size,), 0),), BLOCK) for f, size in enumerate((8000, 4321)))
@@ -92,13 +93,14 @@ class Joiner:
         self.node.identity = Identity("run", "{}", "joiner")
         stack.callback(self.node.close)
         self.planes = Planes(FRAGMENTS, [rank_blocks(f.blocks, rank, world) for f in FRAGMENTS])
+        self.into = {f: [self.planes.theta[f], self.planes.momentum[f]] for f in range(len(FRAGMENTS))}
         self.bases, self.named = [BASE, BASE], list[dict[str, Any]]()
-        into = {f: [self.planes.theta[f], self.planes.momentum[f]] for f in range(len(FRAGMENTS))}
-        self.fetch = Fetch(self.node, ALONE, self.planes, into)
 
     def run(self, *members: Member) -> Fetch:
-        self.fetch.run([member.donor for member in members], self.look)
-        return self.fetch
+        fetch = Fetch(self.node, ALONE, self.planes, self.into)
+        fetch.run([member.donor for member in members], self.look)
+        assert until(lambda: not self.node._open), "a connection is left"
+        return fetch
 
     def look(self) -> tuple[list[bytes], Any]:
         entries = [{"kind": "open"}, {"kind": "join"}, *self.named]

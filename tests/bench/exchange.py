@@ -26,18 +26,18 @@ MTU = 9000
 class Wan:
     """Region processes in a lab. up: Mbit/s of single regions where they differ."""
 
-    def __init__(self, lab: Lab, names: Sequence[str]) -> None:
+    def __init__(self, lab: Lab, names: Sequence[str], module: str = "tests.bench._region") -> None:
         self.lab, self.names = lab, names
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.bench._region"]
+        command = [sys.executable, "-m", module]
         self.processes = [
             lab.popen(name, [*command, str(k), lab.address(name)], env=env, **pipes) for k, name in enumerate(names)
         ]
-        self.endpoints = [self._answer(k)["endpoint"] for k in range(len(names))]
+        self.endpoints = [self.answer(k)["endpoint"] for k in range(len(names))]
         self.rates: list[float] = [0.0] * len(names)
 
-    def _answer(self, k: int) -> dict[str, Any]:
+    def answer(self, k: int) -> dict[str, Any]:
         line = self.processes[k].stdout.readline()  # type: ignore[union-attr]
         assert line, f"{self.names[k]} ended"
         answer: dict[str, Any] = json.loads(line)
@@ -52,14 +52,14 @@ class Wan:
     def all(self, do: str, **more: Any) -> list[dict[str, Any]]:
         for k in range(len(self.names)):
             self.tell(k, do, **more)
-        return [self._answer(k) for k in range(len(self.names))]
+        return [self.answer(k) for k in range(len(self.names))]
 
     def raw(self, source: int, target: int) -> float:
         """bytes/s of one TCP stream."""
         self.tell(target, "listen")
-        port = self._answer(target)["port"]
+        port = self.answer(target)["port"]
         self.tell(source, "raw", address=self.lab.address(self.names[target]), port=port)
-        return float(self._answer(source)["rate"])
+        return float(self.answer(source)["rate"])
 
     def ours(self, shares: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """One exchange; shares: by the rates seen so far unless given."""
