@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckpt.checkpoint import DamagedError, verify
 from ckpt.store import StoreError
-from diloco.checkpoints import go_back, save_bits
+from diloco.checkpoints import MOMENTS, go_back, save_bits
 from diloco.fetching import Fetch
 from diloco.fold import State
 from diloco.fragments import digest
@@ -219,13 +219,19 @@ def _stored(trainer: Trainer, entry: dict[str, Any], first: int, last: int) -> T
 
 def serve_blocks(trainer: Trainer, plane: str, fragment: int, first: int, last: int) -> tuple[int, Tensor] | None:
     """What other members fetch: (seq of the last round in it, data) of blocks of θ and moments, of their digests, or of the
-    bits of a recent round; None if this rank does not have them, or they are too many for a frame. Any thread."""
+    bits of a recent round; or of AdamW's own moments (`diloco.lending`). None if this rank does not have them, or they are
+    too many for a frame. Any thread."""
     planes, of = trainer.planes, trainer.fragments[fragment]
     if plane == "planes":
         fits = 4 * of.block * (last - first) * len(planes.names) <= MAX_PAYLOAD
         return planes.read(fragment, first, last) if fits or last - first == 1 else None
     if plane == "digests":
         return planes.read_digests(fragment, first, last)
+    if plane == "moments":
+        fits = 4 * of.block * (last - first) * len(MOMENTS) <= MAX_PAYLOAD
+        return trainer.lender.read(fragment, first, last) if fits or last - first == 1 else None
+    if plane == "updates":
+        return trainer.lender.updates()
     seq = int(plane.removeprefix("bits/"))
     bits, mine = planes.bits.get(seq), planes.slices[fragment]
     if bits is None or bits.fragment != fragment or not mine[0] <= first <= last <= mine[1]:

@@ -241,15 +241,18 @@ def _left_for_later() -> Iterator[None]:
         print(f"clean-up: {error}; left for the next one", flush=True)
 
 
+def moment(inner: Inner, name: str) -> Select:
+    """One of `MOMENTS`."""
+
+    def select(parameter: nn.Parameter) -> Tensor:
+        tensor: Tensor = inner.optimizer.state[parameter][name]
+        return tensor
+
+    return select
+
+
 def _selections(inner: Inner) -> dict[str, Select]:
-    def moment(name: str) -> Select:
-        def select(parameter: nn.Parameter) -> Tensor:
-            moment: Tensor = inner.optimizer.state[parameter][name]
-            return moment
-
-        return select
-
-    return {"x": lambda parameter: parameter, **{name: moment(name) for name in MOMENTS}}
+    return {"x": lambda parameter: parameter, **{name: moment(inner, name) for name in MOMENTS}}
 
 
 def _global_pieces(planes: Planes) -> Iterator[Piece]:

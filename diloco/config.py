@@ -371,6 +371,8 @@ def _validate_outer(cfg: Config) -> None:
         raise ConfigError(
             f"elastic.max_norm_ratio={elastic.max_norm_ratio}: set it to a number above 1, or 0 to reject no contribution"
         )
+    if elastic.join_inner not in ("peer", "fresh"):
+        raise ConfigError(f"elastic.join_inner={elastic.join_inner} is not known: set it to peer or fresh")
     if not elastic.min_regions >= 1 or elastic.start_regions < elastic.min_regions:
         raise ConfigError(
             f"elastic.start_regions={elastic.start_regions} and elastic.min_regions={elastic.min_regions}: "

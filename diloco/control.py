@@ -25,10 +25,17 @@ class Order:
     ask: tuple[int, int, int] | None = None
     """(fragment, epoch, base): snapshot it and contribute."""
     step: bool = False
+    lend: int = -1
+    """Part of AdamW's moments to copy for a joiner, before the step; -1: none."""
     end: str = ""
     """Why the loop ends; empty: it goes on."""
     clean: bool = True
     """The end is one that was wanted."""
+
+    @property
+    def idle(self) -> bool:
+        """Whatever the region waits for, it has nothing to do meanwhile."""
+        return not self.step and not self.entries and self.ask is None
 
     def encode(self) -> bytes:
         """Empty for a plain inner step, the common case."""

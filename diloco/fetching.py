@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diloco.agreeing import Roots
+from diloco.fragments import Fragment
 from diloco.parallel import Region, on_rank_0
 from diloco.planes import Planes
 from diloco.surveying import Look, Surveyed, survey
@@ -115,14 +116,19 @@ class Fetch:
         )
 
     def _place(self, surveyed: Mapping[int, Surveyed], one: Range, data: bytearray) -> None:
-        fragment, (first, last) = self.planes.fragments[one.fragment], self.planes.slices[one.fragment]
-        origin, _ = fragment.span(first, last)
-        start, stop = fragment.span(one.first, one.last)
-        parts = torch.frombuffer(data, dtype=torch.float32).view(len(self.planes.names), stop - start)
-        for plane, part in zip(self.into[one.fragment], parts, strict=True):
-            plane[start - origin : stop - origin] = part
+        own = self.planes.slices[one.fragment]
+        place(self.planes.fragments[one.fragment], own, self.into[one.fragment], one, data)
         base = surveyed[one.fragment].base
-        self.held[one.fragment][one.first - first : one.last - first] = [base] * (one.last - one.first)
+        self.held[one.fragment][one.first - own[0] : one.last - own[0]] = [base] * (one.last - one.first)
+
+
+def place(fragment: Fragment, own: tuple[int, int], into: Sequence[Tensor], one: Range, data: bytearray) -> None:
+    """Writes a range's bytes, fp32 of one plane after the other, into `into`: slices of the blocks `own`, one per plane."""
+    origin, _ = fragment.span(*own)
+    start, stop = fragment.span(one.first, one.last)
+    parts = torch.frombuffer(data, dtype=torch.float32).view(len(into), stop - start)
+    for plane, part in zip(into, parts, strict=True):
+        plane[start - origin : stop - origin] = part
 
 
 def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from diloco.errors import ConfigError
 from diloco.fetching import Fetch
 from diloco.fold import State, fold
 from diloco.journal import Journal
+from diloco.lending import Loan, ask_for_moments, take_moments
 from diloco.lineage import rounds_after
 from diloco.losing import Search
 from diloco.parallel import on_rank_0
@@ -31,6 +32,7 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
             trainer.state = fold(trainer.state, entries[-1])
         return False
     donors = [Donor(member, tuple(endpoints)) for member, endpoints in choice["donors"]]
+    loan = _loan(trainer, donors) if choice["own"] is None else None
     if donors and not _load_from(trainer, journal, entries, donors):
         return False
     if (manifest := choice["manifest"]) is not None:
@@ -39,11 +41,19 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
             return False
     trainer.adopt()
     _restore_own(trainer, choice["own"])
+    lent = loan is not None and take_moments(trainer, loan)
     if region.rank == 0:
         source = f"checkpoint {manifest['prefix']}" if manifest else "a member that is alive"
-        inner = f"inner state of entry {choice['own']['seq']}" if choice["own"] else "fresh inner state"
+        inner = f"inner state of {loan.donor.member}" if loan and lent else "fresh inner state"
+        inner = f"inner state of entry {choice['own']['seq']}" if choice["own"] else inner
         print(f"{links.member}: state after {trainer.state.rounds} rounds from {source}, {inner}", flush=True)
     return True
+
+
+def _loan(trainer: Trainer, donors: Sequence[Donor]) -> Loan | None:
+    """Asked before anything is fetched: then its copy is ready when it is needed."""
+    wanted = trainer.cfg.elastic.join_inner == "peer" and not trainer.data_parallel
+    return ask_for_moments(trainer, donors) if wanted and donors else None
 
 
 def _replay(trainer: Trainer, rounds: Sequence[tuple[State, dict[str, Any]]]) -> bool:

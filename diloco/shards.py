@@ -7,7 +7,7 @@ the FSDP chunk. One value per element is written to all its replicas, so replica
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -44,11 +44,20 @@ class Shards:
         return self.fragments[fragment].span(*self.blocks(fragment, rank))
 
     @torch.no_grad()
-    def read(self, fragment: int, select: Select = itself, out: Tensor | None = None) -> Tensor:
-        """This rank's slice, fp32 [stop - start] on the CPU; out: what it is written to. Collective."""
+    def read(
+        self,
+        fragment: int,
+        select: Select = itself,
+        out: Tensor | None = None,
+        only: Collection[str] | None = None,
+    ) -> Tensor:
+        """This rank's slice, fp32 [stop - start] on the CPU; out: what it is written to; only: these parameters' places in it,
+        all by default. Collective."""
         start, stop = self.span(fragment)
         out = torch.empty(stop - start) if out is None else out
         for slot in self.fragments[fragment].slots:
+            if only is not None and slot.name not in only:
+                continue
             tensor = select(self._parameters[slot.name]).detach()
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             a, b = max(slot.start, start), min(slot.stop, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner, StepStats, lr_at
 from diloco.journal import Journal
 from diloco.ledger import LeaseReader
+from diloco.lending import Lender
 from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
 from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Bits, Planes
@@ -81,6 +82,7 @@ class Trainer:
         self.compiled = compiles(cfg.codec, sum(theta.numel() for theta in self.planes.theta))
         """Compiling the codec is worth it for this rank's slices."""
         self.averaging = build_averaging(cfg, self.planes, self.compiled)
+        self.lender = Lender(self.shards, self.inner)
         self.reader = LeaseReader()
         self.report = Reporter(cfg, region, self.source.bytes_per_token)
         self.clock = Clock(len(self.fragments))
@@ -128,6 +130,8 @@ class Trainer:
                 self.apply(entry.encode())
             if order.ask:
                 self.contribute(*order.ask)
+            if order.lend >= 0:
+                self.lender.copy(order.lend, order.idle)
             if order.step:
                 self.inner_step()
         return order
@@ -139,7 +143,7 @@ class Trainer:
             ages = {f: self.clock.steps - snapshot.stamp.at for f, snapshot in self.snapshots.items()}
             work = [steps for steps, _ in self.clock.work]
             status = Status(self.clock.since, self.clock.overdue, ages, self.reader.available(), work)
-            data = self.links.control.next(self.state, status).encode()
+            data = replace(self.links.control.next(self.state, status), lend=self.lender.due()).encode()
         return Order.decode(self.region.broadcast_bytes(data))
 
     def inner_step(self) -> None:

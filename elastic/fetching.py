@@ -76,9 +76,11 @@ class Transfer:
         check: Callable[[Range, bytearray], bool],
         place: Callable[[Range, bytearray], None],
         stall: float = STALL,
+        patience: float = STALL,
     ) -> None:
+        """Seconds: of silence after which a donor is given up, and that one may stay behind."""
         self.lines, self.donors, self.plane, self.stall = lines, donors, plane, stall
-        self.check, self.place = check, place
+        self.check, self.place, self.patience = check, place, patience
         self.served: Counter[str] = Counter()
         """Member -> bytes that came from it, whether they were needed or not."""
         self.forgers: set[str] = set()
@@ -137,7 +139,7 @@ class Transfer:
                 self._take(source, one, data)
                 continue
             behind_since = min(behind_since, time.monotonic())
-            if base == NOTHING or time.monotonic() - behind_since > self.stall:
+            if base == NOTHING or time.monotonic() - behind_since > self.patience:
                 raise Unavailable(f"{source[0]} does not have fragment {one.fragment}")
             self._refused(source, one, base)
 

@@ -51,6 +51,8 @@ class ElasticConfig:
     max_norm_ratio: float = 10.0
     """A contribution whose norm per inner step is more than this multiple of the median of the fragment's last ones gets no
     weight, and its region starts again from the run's parameters; 0: none is rejected."""
+    join_inner: str = "peer"
+    """AdamW's moments of a region that joins and has none of its own stored: peer: as a living member has them; fresh: zero."""
     peer_timeout: float = 5.0
     """Seconds of silence on a control connection after which a peer is given up."""
     stall_timeout: float = 30.0

@@ -105,6 +105,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "outer optimizer": ([EU, "outer.optimizer=adam"], ["outer.optimizer=adam is not known", "nesterov or adamw"]),
     "ddp": ([EU, "+experiment=ddp", "outer.sync_every=2"], ["outer.optimizer=adamw", "set outer.sync_every=1"]),
     "gateway": ([EU, "elastic.gateway=here"], ["elastic.gateway", "here", "HOST:PORT"]),
+    "join_inner": (
+        [EU, "elastic.join_inner=mine"],
+        ["elastic.join_inner=mine is not known", "set it to peer or fresh"],
+    ),
     "streams": ([EU, "elastic.streams=-1"], ["elastic.streams=-1", "set it to 0 (automatic)"]),
     "fragments": ([EU, "outer.fragments=50"], ["outer.fragments=50", "4 layers", "set it to 4 or less"]),
     "TP and ranks": ([EU, "parallel.tp=2"], ["parallel.tp=2 does not divide", "1 rank", FIX]),
