@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +18,7 @@ from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints
 from diloco.config import Config, build_security, store_url
-from diloco.control import Control, Limits, Order, RunLedger, expelled
+from diloco.control import Control, Limits, RunLedger, expelled
 from diloco.errors import ConfigError
 from diloco.exchanging import Setup, published
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
@@ -345,44 +343,3 @@ def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside
     links.coordinator.meet({m.id: m.endpoints[0] for m in trainer.state.members.values()})
     links.membership.ask()
     links.coordinator.start()
-
-
-def leave_on_signals(trainer: Trainer) -> None:
-    """SIGTERM or Ctrl-C: leave before the next inner step; a second one exits at once."""
-
-    def handler(number: int, _: object) -> None:
-        control = trainer.links.control
-        if control is None:
-            return  # rank 0 decides
-        if control.leaving:
-            os._exit(128 + number)  # not sys.exit: nothing may delay it, and see diloco.train.leave
-        control.leaving = f"asked to leave ({signal.Signals(number).name})"
-        line = f"{trainer.links.member}: {control.leaving}, does so after this step; a second time exits at once\n"
-        os.write(sys.stdout.fileno(), line.encode())  # not print, which the signal may have interrupted
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
-def depart(trainer: Trainer, order: Order) -> None:
-    """Says goodbye to the peers, and to the journal unless the run has stopped."""
-    links = getattr(trainer, "links", None)  # not there before it is connected
-    if links is None or links.coordinator is None or links.journal is None:
-        if not order.clean and trainer.region.rank == 0:
-            print(f"{trainer.cfg.region.name}: {order.end}", flush=True)  # it did not get as far as joining
-        return
-    links.coordinator.close()
-    try:
-        _say_leave(links.journal, links.member)
-    except (OSError, JournalError) as error:  # the others know from the goodbye; the entry only returns leases sooner
-        print(f"{links.member}: its `leave` is not in the journal: {error}", flush=True)
-    print(f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True)
-
-
-def _say_leave(journal: Journal, member: str) -> None:
-    for _ in range(10):  # somebody else's entry may be first
-        journal.read()
-        if journal.state is None or journal.state.stopped is not None or member not in journal.state.members:
-            return
-        if journal.append({"kind": "leave", "member": member}):
-            return

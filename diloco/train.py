@@ -44,27 +44,30 @@ def run(cfg: Config) -> int:
     from diloco import exchanging
     from diloco.control import Order
     from diloco.fold import JournalError
-    from diloco.joining import depart, join, leave_on_signals
+    from diloco.joining import join
+    from diloco.leaving import Signals, depart
     from diloco.parallel import open_region
     from diloco.resetting import keep
     from diloco.trainer import Trainer
     from elastic.process import fork
 
     exchanges = fork(exchanging.main)  # before anything that a fork would not carry over
-    with ExitStack() as stack:
+    signals = Signals(int(os.environ.get("RANK", 0)))
+    with ExitStack() as stack, signals.excused():
         region = open_region(cfg.parallel)
         stack.callback(region.close)
-        trainer = Trainer(cfg, region)
+        signals.trainer = trainer = Trainer(cfg, region)
         stack.callback(trainer.report.close)
         try:
             join(trainer, stack, exchanges)
-            leave_on_signals(trainer)
+            signals.joined()
             order = trainer.train()
             keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
         depart(trainer, order)
         return 0 if order.clean else 1
+    return 0
 
 
 def main() -> int:

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.cluster import SMALL, Cluster
+import pytest
+
+from tests.e2e.cluster import SMALL, Cluster, children, parent
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = ["outer.sync_every=8", "run.rounds=1000000", "ckpt.every=4"]
@@ -84,6 +87,30 @@ def test_a_region_leaves_comes_back_is_killed_and_comes_back(cluster: Cluster) -
     ours, theirs = digests(cluster, "eu"), digests(cluster, "us")
     both = ours.keys() & theirs.keys()
     assert len(both) >= 6 and all(ours[seq] == theirs[seq] for seq in both)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_who_is_asked_to_leave_before_it_is_a_member_ends_without_an_error(cluster: Cluster, nproc: int) -> None:
+    """torchrun would start it again."""
+    eu = cluster.start("eu", *ENDLESS, "elastic.start_regions=2", nproc=nproc)
+
+    def ranks() -> list[int]:
+        pid = eu.process.pid
+        return [pid] if nproc == 1 else [child for child in children(pid) if parent(child) == pid]
+
+    cluster.until(lambda: len(ranks()) == nproc and all(map(catches_sigterm, ranks())))
+    for pid in ranks():
+        os.kill(pid, signal.SIGTERM)
+    assert eu.wait(60) == 0, eu.text()
+    assert "before this region was a member" in eu.text() and "Traceback" not in eu.text(), eu.text()
+    assert not entries(cluster, "join")
+
+
+def catches_sigterm(pid: int) -> bool:
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def test_a_second_ctrl_c_exits_at_once(cluster: Cluster) -> None:

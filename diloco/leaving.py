@@ -1,0 +1,86 @@
+"""How a region leaves: asked to by a signal, at any time since its start; and what it says to the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from diloco.control import Control, Order
+from diloco.fold import JournalError
+from diloco.journal import Journal
+
+if TYPE_CHECKING:
+    from diloco.trainer import Trainer
+
+
+class Signals:
+    """SIGTERM, and Ctrl-C once the region is a member: it leaves before the next inner step; a second one exits at once. Rank 0
+    decides: where others hear it first, or alone, they go on until it ends."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.trainer: Trainer | None = None
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """A rank that was asked to leave, too, does not fail because rank 0 is gone."""
+        try:
+            yield
+        except RuntimeError:
+            if not self.asked or self.rank == 0:
+                raise
+
+    def joined(self) -> None:
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.asked = True
+        if self.rank != 0:
+            return
+        control, reason = self._control(), f"asked to leave ({signal.Signals(number).name})"
+        if control is None:
+            _say(f"{reason} before this region was a member")
+            os._exit(0)  # not an error: torchrun would start it again. Not sys.exit: see diloco.train.leave
+        if control.leaving:
+            os._exit(128 + number)  # nothing may delay it
+        control.leaving = reason
+        _say(f"{control.member}: {reason}, does so after this step; a second time exits at once")
+
+    def _control(self) -> Control | None:
+        links = getattr(self.trainer, "links", None)  # not there before it is connected
+        return None if links is None else links.control
+
+
+def _say(line: str) -> None:
+    """Not print, which the signal may have interrupted."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def depart(trainer: Trainer, order: Order) -> None:
+    """Says goodbye to the peers, and to the journal unless the run has stopped."""
+    links = getattr(trainer, "links", None)  # not there before it is connected
+    if links is None or links.coordinator is None or links.journal is None:
+        if not order.clean and trainer.region.rank == 0:
+            print(f"{trainer.cfg.region.name}: {order.end}", flush=True)  # it did not get as far as joining
+        return
+    links.coordinator.close()
+    try:
+        _say_leave(links.journal, links.member)
+    except (OSError, JournalError) as error:  # the others know from the goodbye; the entry only returns leases sooner
+        print(f"{links.member}: its `leave` is not in the journal: {error}", flush=True)
+    print(f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True)
+
+
+def _say_leave(journal: Journal, member: str) -> None:
+    for _ in range(10):  # somebody else's entry may be first
+        journal.read()
+        if journal.state is None or journal.state.stopped is not None or member not in journal.state.members:
+            return
+        if journal.append({"kind": "leave", "member": member}):
+            return
