@@ -32,9 +32,10 @@ class Signals:
         """A rank that was asked to leave, too, does not fail because rank 0 is gone."""
         try:
             yield
-        except RuntimeError:
+        except RuntimeError as error:
             if not self.asked or self.rank == 0:
                 raise
+            print(f"rank {self.rank}: asked to leave, ends with its region ({str(error).splitlines()[0]})", flush=True)
 
     def joined(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
