@@ -360,10 +360,10 @@ def _validate_outer(cfg: Config) -> None:
     if outer.optimizer not in ("nesterov", "adamw"):
         raise ConfigError(f"outer.optimizer={outer.optimizer} is not known: set it to nesterov or adamw")
     classic = (outer.sync_every, outer.fragments, outer.max_overlap_steps, outer.boundary) == (1, 1, 0, "steps")
-    if outer.optimizer == "adamw" and not classic:
+    if outer.optimizer == "adamw" and not (classic and elastic.max_norm_ratio == 0):
         raise ConfigError(
             "outer.optimizer=adamw exchanges gradients at every step: set outer.sync_every=1, outer.fragments=1, "
-            "outer.max_overlap_steps=0 and outer.boundary=steps, as +experiment=ddp does"
+            "outer.max_overlap_steps=0, outer.boundary=steps and elastic.max_norm_ratio=0, as +experiment=ddp does"
         )
     if not 0 <= outer.momentum < 1 or outer.lr <= 0:
         raise ConfigError(f"outer.lr={outer.lr} and outer.momentum={outer.momentum}: set lr > 0 and 0 <= momentum < 1")

@@ -24,24 +24,25 @@ class Signals:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.trainer: Trainer | None = None
-        self.asked = False
+        self._asked = self._joined = False
         signal.signal(signal.SIGTERM, self._handle)
 
     @contextmanager
     def excused(self) -> Iterator[None]:
-        """A rank that was asked to leave, too, does not fail because rank 0 is gone."""
+        """A rank that was asked to leave, too, does not fail because rank 0 is gone before the region was a member."""
         try:
             yield
         except RuntimeError as error:
-            if not self.asked or self.rank == 0:
+            if not self._asked or self._joined or self.rank == 0:
                 raise
             print(f"rank {self.rank}: asked to leave, ends with its region ({str(error).splitlines()[0]})", flush=True)
 
     def joined(self) -> None:
+        self._joined = True
         signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, _: object) -> None:
-        self.asked = True
+        self._asked = True
         if self.rank != 0:
             return
         control, reason = self._control(), f"asked to leave ({signal.Signals(number).name})"
@@ -72,7 +73,9 @@ def depart(trainer: Trainer, order: Order) -> None:
         return
     links.coordinator.close()
     try:
-        _say_leave(links.journal, links.member)
+        journal = Journal(links.store)  # of its own: the coordinator's thread may still be waiting for the store
+        journal.state = links.journal.state
+        _say_leave(journal, links.member)
     except (OSError, JournalError) as error:  # the others know from the goodbye; the entry only returns leases sooner
         print(f"{links.member}: its `leave` is not in the journal: {error}", flush=True)
     print(f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True)

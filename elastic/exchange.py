@@ -123,14 +123,14 @@ class Exchanger:
         except Cancelled:
             assert attempt.failed is not None
             outcome = attempt.failed
-            self._part(attempt, outcome.suspects)
+            self._let_go(attempt, outcome.suspects)
         except Exception as error:  # a bug: the round must not wait for ever
             attempt.fail(frozenset(), f"the exchange broke: {error!r}")
             self._end(attempt, Outcome(attempt.order.attempt, None, reason=f"the exchange broke: {error!r}"))
             raise
         self._end(attempt, outcome)
 
-    def _part(self, attempt: Attempt, suspects: frozenset[str]) -> None:
+    def _let_go(self, attempt: Attempt, suspects: frozenset[str]) -> None:
         """No later attempt uses the links of who was given up. All that hear of it do so, and the suspect with all of them: a
         link that only one end has let go of would hold up the next attempt."""
         me = attempt.order.parties[attempt.order.me].member
