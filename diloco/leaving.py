@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from diloco.control import Control, Order
+from diloco.errors import ConfigError
 from diloco.fold import JournalError
 from diloco.journal import Journal
 
@@ -29,9 +30,16 @@ class Signals:
 
     @contextmanager
     def excused(self) -> Iterator[None]:
-        """A rank that was asked to leave, too, does not fail because rank 0 is gone before the region was a member."""
+        """A rank that was asked to leave, too, does not fail because rank 0 is gone before the region was a member; and one
+        that found a wrong setting leaves the word to rank 0: torchrun's SIGTERM ends it while it waits to say it too."""
         try:
             yield
+        except ConfigError:
+            if self.rank != 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                if self._asked:
+                    signal.raise_signal(signal.SIGTERM)
+            raise
         except RuntimeError as error:
             if not self._asked or self._joined or self.rank == 0:
                 raise
