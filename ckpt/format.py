@@ -13,17 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 OWN_KEYS = ("format", "shards", "digest", "prefix")  # of a manifest; the rest is the caller's body
 MAX_MANIFEST = 64 << 20  # bytes
 MAX_HEADER = 64 << 20  # bytes; the safetensors library itself stops at 100 MB
+ITEM = {"F32": 4, "BF16": 2}  # bytes of an element, by safetensors' names
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -77,19 +79,25 @@ def is_count(value: Any) -> bool:
 
 def encode_shard(pieces: list[Piece]) -> bytes:
     """The safetensors file of these pieces; ValueError if one is no flat fp32 CPU tensor or comes twice."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
     for piece in pieces:
         _check_piece(piece)
-        name = f"{piece.plane}/{piece.fragment}/{piece.start}"
+    header = encode_header([(f"{p.plane}/{p.fragment}/{p.start}", "F32", [p.stop - p.start]) for p in pieces])
+    return b"".join([header, *(piece.tensor.detach().contiguous().numpy().data for piece in pieces)])
+
+
+def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
+    """What a safetensors file begins with before these tensors (name, dtype of ITEM, shape), which follow back to back in
+    this order; ValueError if a name comes twice."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
         if name in header:
-            raise ValueError(f"piece {name} is given twice")
-        begin, end = end, end + 4 * (piece.stop - piece.start)
-        header[name] = {"dtype": "F32", "shape": [piece.stop - piece.start], "data_offsets": [begin, end]}
+            raise ValueError(f"tensor {name} is given twice")
+        begin, end = end, end + ITEM[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin aligned
-    bodies = [piece.tensor.detach().contiguous().numpy().data for piece in pieces]
-    return b"".join([len(text).to_bytes(8, "little"), text, *bodies])
+    return len(text).to_bytes(8, "little") + text
 
 
 def _check_piece(piece: Piece) -> None:
@@ -194,7 +202,7 @@ def _written_again(manifest: dict[str, Any]) -> tuple[str, bytes]:
 
 def spans_of(manifest: dict[str, Any]) -> list[Span]:
     """All pieces by plane, fragment, start; FormatError for malformed ones, overlaps and gaps."""
-    shards = _field(manifest, "shards", _is_list, "a body")
+    shards = field(manifest, "shards", is_list, "a body")
     spans = sorted(span for record in shards for span in _spans_of_shard(record))
     names = [record["name"] for record in shards]
     require(len(set(names)) == len(names), "names a shard twice")
@@ -209,27 +217,29 @@ def spans_of(manifest: dict[str, Any]) -> list[Span]:
 
 def _spans_of_shard(record: Any) -> list[Span]:
     """The pieces of one shard's record, after checking every field; keys that are not ours are left alone."""
-    name = _field(record, "name", is_name, "a shard")
-    _field(record, "bytes", is_count, f"shard {name}")
-    _field(record, "sha256", _is_sha256, f"shard {name}")
-    return [_span(piece, name) for piece in _field(record, "pieces", _is_list, f"shard {name}")]
+    name = field(record, "name", is_name, "a shard")
+    field(record, "bytes", is_count, f"shard {name}")
+    field(record, "sha256", _is_sha256, f"shard {name}")
+    return [_span(piece, name) for piece in field(record, "pieces", is_list, f"shard {name}")]
 
 
 def _span(piece: Any, shard: str) -> Span:
     what = f"a piece of shard {shard}"
-    plane = _field(piece, "plane", is_name, what)
-    fragment, start, stop = (_field(piece, key, is_count, what) for key in ("fragment", "start", "stop"))
+    plane = field(piece, "plane", is_name, what)
+    fragment, start, stop = (field(piece, key, is_count, what) for key in ("fragment", "start", "stop"))
     require(start < stop, f"has {what} of elements [{start}, {stop})")
     return Span(plane, fragment, start, stop, shard)
 
 
-def _field(record: Any, key: str, fits: Callable[[Any], bool], what: str) -> Any:
+def field(record: Any, key: str, fits: Callable[[Any], bool], what: str) -> Any:
+    """The value of a key of a JSON object that came from a store; FormatError, naming `what`, unless it fits."""
     value = record.get(key) if isinstance(record, dict) else None
     require(fits(value), f"has {what} with {key} {value!r:.60}")
     return value
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
+    """Whether this is a JSON array."""
     return isinstance(value, list)
 
 

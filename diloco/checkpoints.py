@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard, verify
+from ckpt.layout import encode_layout
+from ckpt.pieces import cut, groups
 from ckpt.store import Store, StoreError
+from diloco.config import ModelConfig
 from diloco.errors import ConfigError
 from diloco.fold import State, counters
 from diloco.inner import Inner
@@ -23,15 +27,19 @@ from diloco.slices import load_slices, spans
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL = "residual"
-SHARD = 1 << 24
-"""Elements in a file (64 MiB): what a save needs in memory beside the planes, and a request that a store takes whole."""
 
 
 class Checkpoints:
     """The checkpoints of one run, as one rank of one region sees them. All methods but the queries are collective."""
 
-    def __init__(self, store: Store, run: str, region: Region, shards: Shards, keep: int) -> None:
+    def __init__(
+        self, store: Store, run: str, region: Region, shards: Shards, keep: int, model: dict[str, Any]
+    ) -> None:
+        """model: what `describe` says of it."""
         self.store, self.region, self.shards, self.keep = store, region, shards, keep
+        layout = encode_layout([[(slot.name, slot.shape) for slot in f.slots] for f in shards.fragments])
+        self.what = {"model": model, "layout": layout}
+        """In every global checkpoint, so that it can be exported without this code."""
         self.root = f"checkpoints/{run}"
         self.own_root = f"regions/{run}"
         self.bits_root = _bits_root(run)
@@ -50,12 +58,13 @@ class Checkpoints:
             "pool": [],
             "fragments": [{} for _ in planes.fragments],
         }
-        body = {"seq": 0, "hash": "", "epoch": 0, "counters": start}
+        body = {"seq": 0, "hash": "", "epoch": 0, "counters": start, **self.what}
         return self._save(f"{self.root}/0", "r", body, _global_pieces(planes))
 
     def save(self, planes: Planes, state: State, member: str) -> str:
         """The state after entry `state.seq`: every fragment's planes are those of `state`."""
-        body = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
+        entry = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
+        body = {**entry, **self.what}
         prefix = self._save(f"{self.root}/{state.seq}", f"{member}-r", body, _global_pieces(planes))
         self._prune(self.root, spare=origin(state.checkpoint))
         return prefix
@@ -107,9 +116,9 @@ class Checkpoints:
     def _own_pieces(self, inner: Inner, planes: Planes) -> Iterator[Piece]:
         for plane, select in _selections(inner).items():
             for f in range(len(self.shards.fragments)):
-                yield from _cut(plane, f, *self.shards.span(f), self.shards.read(f, select))
+                yield from cut(plane, f, *self.shards.span(f), self.shards.read(f, select))
         for f, residual in enumerate(planes.residual or []):
-            yield from _cut(RESIDUAL, f, *self.shards.span(f), residual)
+            yield from cut(RESIDUAL, f, *self.shards.span(f), residual)
 
     def own(self, name: str) -> Iterator[dict[str, Any]]:
         """Manifests of the region's own planes that load, newest first. Rank 0 asks."""
@@ -159,7 +168,7 @@ class Checkpoints:
     def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: Iterator[Piece]) -> str:
         """Raises StoreError on every rank if any of them failed."""
         records, failure = [], ""
-        for i, group in enumerate(_groups(pieces)):
+        for i, group in enumerate(groups(pieces)):
             try:
                 if not failure:
                     records.append(save_shard(self.store, prefix, f"{shard}{self.region.rank}-{i}", group))
@@ -255,29 +264,17 @@ def _selections(inner: Inner) -> dict[str, Select]:
     return {"x": lambda parameter: parameter, **{name: moment(inner, name) for name in MOMENTS}}
 
 
+def describe(model: nn.Module, cfg: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """The model's config as JSON, defaults included where the model has them as a dataclass `args`: they may change."""
+    args = getattr(model, "args", None)
+    full = asdict(args) if is_dataclass(args) and not isinstance(args, type) else {}
+    return {"target": cfg.target, "args": {**full, **cfg.args}, "seq_len": seq_len}
+
+
 def _global_pieces(planes: Planes) -> Iterator[Piece]:
     for f, fragment in enumerate(planes.fragments):
         for plane in planes.names:
-            yield from _cut(plane, f, *fragment.span(*planes.slices[f]), getattr(planes, plane)[f])
-
-
-def _cut(plane: str, fragment: int, start: int, stop: int, flat: Tensor) -> Iterator[Piece]:
-    """Elements [start, stop) as pieces that fit in a shard. Copies, so that none of them keeps `flat` in memory."""
-    for a in range(start, stop, SHARD):
-        b = min(a + SHARD, stop)
-        yield Piece(plane, fragment, a, b, flat[a - start : b - start].clone())
-
-
-def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """The pieces of one shard after the other: as many as fit."""
-    group: list[Piece] = []
-    for piece in pieces:
-        if group and sum(p.stop - p.start for p in [*group, piece]) > SHARD:
-            yield group
-            group = []
-        group.append(piece)
-    if group:
-        yield group
+            yield from cut(plane, f, *fragment.span(*planes.slices[f]), getattr(planes, plane)[f])
 
 
 def _report(prefix: str, error: DamagedError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import os
 import re
 import types
@@ -313,6 +314,12 @@ def build_module(cfg: Config, vocab: int) -> nn.Module:
 def _validate_model(cfg: Config, vocab: int) -> None:
     """Builds it on the meta device, which takes no memory, for the plan to look at."""
     load(cfg.model.loss, "model.loss")
+    try:
+        json.dumps(cfg.model.args, allow_nan=False)  # checkpoints say what they are of
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.args={cfg.model.args} is not plain JSON ({error}): set them to numbers or text"
+        ) from error
     plan = load(cfg.model.plan, "model.plan") if cfg.model.plan else None
     if cfg.parallel.tp > 1 and plan is None:
         raise ConfigError(f"parallel.tp={cfg.parallel.tp} needs model.plan: set it, or parallel.tp=1 (FSDP)")

@@ -16,7 +16,7 @@ import torch
 
 from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
-from diloco.checkpoints import Checkpoints
+from diloco.checkpoints import Checkpoints, describe
 from diloco.config import Config, build_security, store_url
 from diloco.control import Control, Limits, RunLedger, expelled
 from diloco.errors import ConfigError
@@ -150,7 +150,7 @@ def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
     empty = region.rank == 0 and journal.state is None
     run = region.broadcast_bytes(secrets.token_hex(8).encode() if empty else None).decode()
     if run:
-        checkpoints = Checkpoints(store, run, region, trainer.shards, trainer.cfg.ckpt.keep)
+        checkpoints = _checkpoints(trainer, store, run)
         for f in range(len(trainer.fragments)):
             theta = trainer.shards.read(f)
             trainer.planes.load(f, 0, theta, *(torch.zeros_like(theta) for _ in trainer.planes.names[1:]))
@@ -166,6 +166,12 @@ def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
             }
             journal.append(fields)
     return _spread(trainer, _reread(journal) if region.rank == 0 else [])
+
+
+def _checkpoints(trainer: Trainer, store: Store, run: str) -> Checkpoints:
+    cfg = trainer.cfg
+    model = describe(trainer.model, cfg.model, cfg.inner.seq_len)
+    return Checkpoints(store, run, trainer.region, trainer.shards, cfg.ckpt.keep, model)
 
 
 def _reread(journal: Journal) -> list[bytes]:
@@ -228,7 +234,7 @@ def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) 
     recovery.serve(node, partial(serve_blocks, trainer), cfg.elastic.congestion)
     if region.rank != 0:
         follow(node, exchanger)
-    checkpoints = Checkpoints(store, state.run, region, trainer.shards, cfg.ckpt.keep)
+    checkpoints = _checkpoints(trainer, store, state.run)
     trainer.links = Links(member, node, exchanger, store, checkpoints)
     answer = exchanger.open(_setup(trainer).message())
     if "error" in answer:

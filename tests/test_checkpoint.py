@@ -91,7 +91,7 @@ def test_load_returns_what_commit_returned(store: Store) -> None:
     manifest = save(store, 3)
     assert load_manifest(store, PREFIX) == manifest
     assert manifest["step"] == 7 and manifest["nested"] == {"lr": [0.1, 1e-9]}
-    assert manifest["format"] == 1 and manifest["prefix"] == PREFIX
+    assert manifest["format"] == 2 and manifest["prefix"] == PREFIX
     assert b"prefix" not in store.read(f"{PREFIX}/{MANIFEST}")  # a checkpoint can be moved
     verify(store, manifest)
     check_headers(store, manifest)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from ckpt import pieces
+from ckpt.checkpoint import load_manifest, read_range
 from ckpt.store import Store
-from diloco import checkpoints
-from diloco.checkpoints import Checkpoints
+from diloco.checkpoints import Checkpoints, describe
+from diloco.config import ModelConfig
 from diloco.fragments import group_parameters
 from diloco.inner import Inner, InnerConfig
-from diloco.parallel import Region
+from diloco.model import build_llama
+from diloco.parallel import Region, layer_of
 from diloco.planes import Planes
 from diloco.shards import Shards
 from tests.test_journal import Log, opening
@@ -20,7 +24,7 @@ from tests.test_journal import Log, opening
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
 def test_planes_come_back_from_shards_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(checkpoints, "SHARD", limit)
+    monkeypatch.setattr(pieces, "SHARD", limit)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     fragments = group_parameters(shapes, {}, count=2, block=16)
@@ -30,7 +34,7 @@ def test_planes_come_back_from_shards_of_any_size(tmp_path: Path, monkeypatch: p
     saved, loaded = Planes(fragments, slices), Planes(fragments, slices)
     for fragment in fragments:
         saved.load(fragment.index, 0, torch.randn(fragment.elements), torch.randn(fragment.elements))
-    points = Checkpoints(store, "run", region, shards, keep=1)
+    points = Checkpoints(store, "run", region, shards, keep=1, model={})
     points.save_first(saved)
     manifest = next(points.candidates())
     points.load(manifest, loaded)
@@ -39,6 +43,32 @@ def test_planes_come_back_from_shards_of_any_size(tmp_path: Path, monkeypatch: p
             assert torch.equal(ours, theirs)
     elements = [sum(p["stop"] - p["start"] for p in shard["pieces"]) for shard in manifest["shards"]]
     assert max(elements) <= limit and sum(elements) == 2 * sum(fragment.elements for fragment in fragments)
+
+
+def test_a_global_checkpoint_says_where_its_parameters_are(tmp_path: Path) -> None:
+    """Its layout, read as another program would, gives every parameter; its model has the defaults of today in it."""
+    region = Region(0, 1, 1, 1, 0, 0, torch.device("cpu"), None)
+    args = {"vocab": 16, "dim": 8, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 12}
+    model = build_llama(**args)
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    fragments = group_parameters(shapes, layer_of(model), count=2)
+    shards, store = Shards(model, fragments, region), Store(str(tmp_path))
+    planes = Planes(fragments, [(0, fragment.blocks) for fragment in fragments])
+    for f in range(len(fragments)):
+        planes.load(f, 0, shards.read(f), torch.zeros(fragments[f].elements))
+    what = describe(model, ModelConfig(args=args), seq_len=32)
+    points = Checkpoints(store, "run", region, shards, keep=1, model=what)
+    manifest = load_manifest(store, points.save_first(planes))
+    assert manifest["model"]["args"] == {**args, "rope_theta": 5e5, "norm_eps": 1e-5, "tied": False}
+    assert manifest["model"]["target"] == "diloco.model.build_llama" and manifest["model"]["seq_len"] == 32
+    found = {}
+    for f, slots in enumerate(manifest["layout"]):
+        for slot in slots:
+            elements = math.prod(slot["shape"])
+            flat = read_range(store, manifest, "theta", f, slot["start"], slot["start"] + elements)
+            found[slot["name"]] = flat.view(slot["shape"])
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
 
 
 class OneRank:
@@ -53,7 +83,7 @@ class OneRank:
         self.planes = Planes(fragments, [(0, fragment.blocks) for fragment in fragments], error_feedback)
         self.inner = Inner(InnerConfig(batch=1), model, lambda model, tokens: (model, tokens), region)
         self.inner.materialise()
-        self.points = Checkpoints(store, "run", region, self.shards, keep=1)
+        self.points = Checkpoints(store, "run", region, self.shards, keep=1, model={})
 
 
 @pytest.mark.parametrize(("there", "here", "exact"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])

@@ -40,7 +40,7 @@ def edit_first_shard(**fields: Any) -> Callable[[dict[str, Any]], None]:
 HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no format version": lambda m: m.pop("format"),
     "no format version but True": lambda m: m.update(format=True),
-    "has format version 2, and this program reads 1": lambda m: m.update(format=2),
+    "has format version 1, and this program reads 2": lambda m: m.update(format=1),
     "with shards None": lambda m: m.pop("shards"),
     "with shards 7": lambda m: m.update(shards=7),
     "a shard with name None": lambda m: m.update(shards=[3]),
@@ -84,8 +84,8 @@ def test_hostile_manifests_with_a_right_digest(finding: str) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[]", b"7", b"\xff\xfe", b'{"format": NaN}', b'{"format": 1, "x": 1e999}', b"[" * 100_000]
-    + [b'{"format": 1, "digest": "", "x": ' + b"[" * n + b"]" * n + b"}" for n in (300, 500, 900, 980, 5000)],
+    [b"", b"[]", b"7", b"\xff\xfe", b'{"format": NaN}', b'{"format": 2, "x": 1e999}', b"[" * 100_000]
+    + [b'{"format": 2, "digest": "", "x": ' + b"[" * n + b"]" * n + b"}" for n in (300, 500, 900, 980, 5000)],
 )
 def test_manifests_that_are_hardly_json(raw: bytes) -> None:
     with pytest.raises(FormatError):
@@ -95,7 +95,7 @@ def test_manifests_that_are_hardly_json(raw: bytes) -> None:
 def test_nesting_at_the_limits_of_reading_and_of_writing() -> None:
     # Which limit comes first depends on Python's version, and where on the stack, which is short in a thread.
     depths = [*range(970, 1000), 5000, 20_000]
-    raws = [b'{"format": 1, "digest": "", "x": ' + b"[" * n + b"]" * n + b"}" for n in depths]
+    raws = [b'{"format": 2, "digest": "", "x": ' + b"[" * n + b"]" * n + b"}" for n in depths]
     with ThreadPoolExecutor(1) as pool:
         errors = [pool.submit(format.open_manifest, raw).exception() for raw in raws]
     assert {type(error) for error in errors} == {FormatError}
