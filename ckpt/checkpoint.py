@@ -37,6 +37,7 @@ __all__ = [
     "Reader",
     "check_headers",
     "commit_manifest",
+    "findings",
     "load_manifest",
     "newest",
     "read_range",
@@ -225,10 +226,24 @@ def check_headers(store: Store, manifest: dict[str, Any]) -> None:
 
 def verify(store: Store, manifest: dict[str, Any]) -> None:
     """Read every shard and compare its sha256 with the manifest's; DamagedError names one that differs."""
+    for error in findings(store, manifest):
+        raise error
+
+
+def findings(store: Store, manifest: dict[str, Any]) -> list[DamagedError]:
+    """Read every shard as verify does: what is wrong with each one that is not as the manifest says."""
+
+    def finding(record: dict[str, Any]) -> DamagedError | None:
+        try:
+            _verify_shard(store, manifest["prefix"], record)
+        except DamagedError as error:
+            return error
+        return None
+
     with _naming(store, f"{manifest['prefix']}/{MANIFEST}"):
         format.spans_of(manifest)
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(lambda record: _verify_shard(store, manifest["prefix"], record), manifest["shards"]))
+        return [error for error in pool.map(finding, manifest["shards"]) if error]
 
 
 def _verify_shard(store: Store, prefix: str, record: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
+from ckpt.catalog import open_store
 from ckpt.checkpoint import DamagedError
 from ckpt.store import Store
 from diloco import audit, steer, tally
@@ -48,11 +48,6 @@ def serve(argv: Sequence[str]) -> int:
     except (JournalError, DamagedError) as error:
         print(f"diloco.journal: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-
-
-def open_store(name: str) -> Store:
-    inside = os.path.join(name, "store")
-    return Store(inside if os.path.isdir(inside) else name)
 
 
 def _journal(store: Store, name: str) -> tuple[Journal, list[bytes]]:
