@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -265,10 +266,16 @@ def _selections(inner: Inner) -> dict[str, Select]:
 
 
 def describe(model: nn.Module, cfg: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """The model's config as JSON, defaults included where the model has them as a dataclass `args`: they may change."""
+    """The model's config as JSON, defaults included where the model has them as a dataclass `args`: they may change. What is
+    no JSON in there is left out, lest a model of one's own cannot be saved."""
     args = getattr(model, "args", None)
-    full = asdict(args) if is_dataclass(args) and not isinstance(args, type) else {}
+    found = {field.name: getattr(args, field.name, None) for field in fields(args)} if is_dataclass(args) else {}
+    full = {name: value for name, value in found.items() if _is_plain(value)}
     return {"target": cfg.target, "args": {**full, **cfg.args}, "seq_len": seq_len}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _global_pieces(planes: Planes) -> Iterator[Piece]:

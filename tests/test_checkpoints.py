@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def test_a_global_checkpoint_says_where_its_parameters_are(tmp_path: Path) -> No
             found[slot["name"]] = flat.view(slot["shape"])
     assert found.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
+
+
+@dataclass
+class OddArgs:
+    width: int = 3
+    clip: float = float("inf")
+    dtype: torch.dtype = torch.float32
+
+
+def test_what_is_no_json_in_a_model_of_ones_own_is_not_said() -> None:
+    odd, plain = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    odd.args = OddArgs()  # type: ignore[assignment]
+    cfg = ModelConfig("mine.Odd", {"depth": [1, 2]})
+    assert describe(odd, cfg, 8) == {"target": "mine.Odd", "args": {"width": 3, "depth": [1, 2]}, "seq_len": 8}
+    assert describe(plain, cfg, 8)["args"] == {"depth": [1, 2]}
 
 
 class OneRank:

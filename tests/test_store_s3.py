@@ -15,6 +15,8 @@ import torch
 
 from ckpt.checkpoint import Piece, commit_manifest, load_manifest, newest, read_range, save_shard, verify
 from ckpt.store import MissingError, Store, StoreError
+from ckpt.tool import main
+from tests.llama_checkpoints import SMALL, random_llama, save_llama
 from tests.ports import free_ports
 from tests.s3_server import BUCKET
 
@@ -132,6 +134,20 @@ def test_a_checkpoint_round_trip(store: Store) -> None:
     assert manifest == load_manifest(store, "ckpt/3")
     verify(store, manifest)
     assert torch.equal(read_range(store, manifest, "theta", 0, 590, 610), whole[590:610])
+
+
+def test_the_tools_work_on_it(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read from there, and written to there."""
+    manifest, hf = save_llama(store, random_llama(SMALL), entry=7), tmp_path / "hf"
+    assert main(["ls", store.url]) == main(["show", f"{store.url}@7"]) == main(["verify", store.url]) == 0
+    assert main(["export", store.url, "--format", "hf", str(hf)]) == 0
+    assert main(["import", str(hf), f"{store.url}/imported"]) == 0
+    assert main(["average", f"{store.url}@7", f"{store.url}/imported@0", f"{store.url}/mean"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("θ ")]
+    assert len(said) == 3 and len(set(said)) == 1, "the mean of a model and itself is that model"
+    key = f"{manifest['prefix']}/{manifest['shards'][0]['name']}.safetensors"
+    store.write(key, store.read(key)[:-1] + b"x")
+    assert main(["verify", store.url]) == 1 and "does not have the sha256" in capsys.readouterr().out
 
 
 def test_a_wrong_bucket_is_one_sentence(server: str) -> None:

@@ -116,6 +116,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "model.loss": ([EU, "model.loss=diloco.model.los"], ["model.loss=diloco.model.los cannot be loaded", FIX]),
     "data.source": ([EU, "data.source=text"], ["data.source=text cannot be loaded", FIX]),
     "model.args": ([EU, "model.args.heads=5"], ["model.args.heads=5", "set model.args.dim"]),
+    "model.args are JSON": ([EU, "+model.args.norm_eps=inf"], ["model.args=", "is not plain JSON", "set them"]),
     "vocabulary": ([EU, "model.args.vocab=100"], ["model.args.vocab=100", "set model.args.vocab=256"]),
     "store": ([EU, "run.store=gopher://x/y"], ["run.store=gopher://x/y", "Protocol not known", FIX]),
     "run.dir": ([EU, "run.dir=text.txt/run"], ["run.dir=text.txt/run cannot be written to", FIX]),
