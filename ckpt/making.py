@@ -78,19 +78,20 @@ def average(sources: Sequence[Named], weights: Sequence[float], store: Store) ->
     _check_alike(sources, manifests, thetas)
     for source, manifest in zip(sources, manifests, strict=True):
         verify(source.store, manifest)
-    shares = [weight / math.fsum(weights) for weight in weights]
+    whole = math.fsum(weights)
     of = [
-        {"url": source.store.url, "prefix": manifest["prefix"], "digest": manifest["digest"], "share": share}
-        for source, manifest, share in zip(sources, manifests, shares, strict=True)
+        {"url": source.store.url, "prefix": manifest["prefix"], "digest": manifest["digest"], "weight": weight}
+        for source, manifest, weight in zip(sources, manifests, weights, strict=True)
     ]
     made = {"by": "average", "of": of}
 
     def blocks(name: str) -> Iterator[Tensor]:
         for start, stop in runs(math.prod(thetas[0].slots[name].shape)):
             total = torch.zeros(stop - start, dtype=torch.float64)
-            for theta, share in zip(thetas, shares, strict=True):
-                total.add_(theta.read(name, start, stop).double(), alpha=share)
-            yield total.float()
+            for theta, weight in zip(thetas, weights, strict=True):
+                # Two roundings, not one: whether `add_(alpha=...)` fuses them depends on the CPU and on the block.
+                total += theta.read(name, start, stop).double() * weight
+            yield (total / whole).float()
 
     yield from make(store, made, Model(manifests[0]["model"], _fragments(thetas[0].slots.values())), blocks)
 

@@ -77,9 +77,9 @@ def _say(lines: Iterable[str]) -> int:
 
 def _ls(places: list[str], options: dict[str, str]) -> int:
     what = named(*_exactly("ls", places, 1))
+    there, damaged = some(what), 0
     print(f"{'run':<18} {'entry':>7} {'rounds':>7} {'tokens':>17} {'size':>14} {'shards':>7}")
-    damaged = 0
-    for prefix, _, _ in some(what):
+    for prefix, _, _ in there:
         try:
             print(_line(facts(what.store, load_manifest(what.store, prefix))), flush=True)
         except DamagedError as error:
