@@ -6,6 +6,7 @@ sums them in member order when decoding: encoding the mean again would drop most
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -216,32 +217,30 @@ class Averaging:
             begin = self.result_size(fragment, first, a, len(weights))
             part = data[begin : begin + self.result_size(fragment, a, b, len(weights))]
             if self.gathers:
-                yield self._mean(fragment, a, b, self._split(fragment, a, b, part, len(weights)), weights)
+                yield self._mean(fragment, a, b, self._split(fragment, a, b, part, len(weights)), weights)[0]
             else:
                 yield self.decode(fragment, a, b, part)
 
-    def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The result's bytes of the blocks [first, last). parts: the members' bytes of them, uint8, in order.
-        Dense: the encoded weighted mean. Sparse: all parts, per block one after the other. Raises NotFinite."""
-        for index, part in enumerate(parts):
-            if not self._finite(fragment, first, last, part):
+    def reduce(
+        self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]
+    ) -> tuple[Tensor, list[float]]:
+        """The result's bytes of the blocks [first, last), and the squared norm of each part. parts: the members' bytes of
+        these blocks, uint8, in order. Dense: the encoded weighted mean. Sparse: all parts, per block one after the other.
+        Raises NotFinite."""
+        mean, squares = self._mean(fragment, first, last, parts, weights)
+        for index, square in enumerate(squares):
+            if not math.isfinite(square):
                 raise NotFinite(index)
         if self.gathers:
-            return self._interleave(fragment, first, last, parts)
-        data = self.encode(fragment, self._mean(fragment, first, last, parts, weights), first)
+            return self._interleave(fragment, first, last, parts), squares
+        data = self.encode(fragment, mean, first)
         if not self._finite(fragment, first, last, data):
             raise NotFinite(-1)
-        return data
+        return data, squares
 
     def _finite(self, fragment: int, first: int, last: int, data: Tensor) -> bool:
         """Of one contribution, or of a dense result."""
         return self.codec.finite(data, self.elements(fragment, first, last), self.fragments[fragment].block)
-
-    def squares(self, fragment: int, first: int, last: int, part: Tensor) -> float:
-        """Sum of the squares of what one contribution's bytes of the blocks [first, last) stand for."""
-        flat = self.decode(fragment, first, last, part)
-        total = torch.dot(flat, flat)
-        return (total if total.isfinite() else flat.double().square_().sum()).item()
 
     def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int = 1) -> bytes:
         """32 bytes for each of the blocks [first, last), of their bytes in a result of so many members."""
@@ -250,13 +249,16 @@ class Averaging:
         stride = self.result_size(fragment, first, first + 1, members)  # all but a fragment's last block have this size
         return block_digests(data, stride)
 
-    def _mean(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """fp32: sum(w * part) / sum(w) in member order, with the bits of `diloco.outer.weighted_mean`."""
+    def _mean(
+        self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]
+    ) -> tuple[Tensor, list[float]]:
+        """fp32: sum(w * part) / sum(w) in member order, with the bits of `diloco.outer.weighted_mean`; and the parts' squared
+        norms."""
         start = 0.0 if self.gathers else -0.0  # -0 + x is x, whatever x; sparse codecs pass over what is not there
         total = torch.full((self.elements(fragment, first, last),), start)
-        for part, weight in zip(parts, weights, strict=True):
-            self.codec.accumulate(total, part, weight, self.fragments[fragment].block)
-        return total.div_(torch.tensor(sum(weights), dtype=torch.float32))
+        block, each = self.fragments[fragment].block, zip(parts, weights, strict=True)
+        squares = [self.codec.accumulate(total, part, weight, block) for part, weight in each]
+        return total.div_(torch.tensor(sum(weights), dtype=torch.float32)), squares
 
     def _interleave(self, fragment: int, first: int, last: int, parts: Sequence[Tensor]) -> Tensor:
         shape, cut = self._whole(fragment, first, last)

@@ -66,8 +66,9 @@ class Codec(ABC):
         """uint8 [r, block_size(n)] -> out, fp32 [r, n]."""
 
     @abstractmethod
-    def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> None:
-        """total += weight * decoded. weight: fp32 scalar; total: fp32 [r, n]."""
+    def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> float:
+        """total += weight * decoded. weight: fp32 scalar; total: fp32 [r, n]. Returns the sum of the squares of what is
+        decoded, not finite if any of it is not."""
 
     @abstractmethod
     def scales(self, rows: Tensor, length: int) -> Tensor:
@@ -100,11 +101,12 @@ class Codec(ABC):
             self.decode_rows(part.cut_bytes(data), part.cut(out))
         return out
 
-    def accumulate(self, total: Tensor, data: Tensor, weight: float, block: int) -> None:
-        """total += weight * decode(data), a product and a sum that round one after the other. total: fp32 [n]."""
+    def accumulate(self, total: Tensor, data: Tensor, weight: float, block: int) -> float:
+        """total += weight * decode(data), a product and a sum that round one after the other. total: fp32 [n]. Returns
+        decode(data)'s squared norm, not finite if any of it is not."""
         factor = torch.tensor(weight, dtype=torch.float32)
-        for part in self.rows(total.numel(), block):
-            self.accumulate_rows(part.cut_bytes(data), factor, part.cut(total))
+        parts = self.rows(total.numel(), block)
+        return sum(self.accumulate_rows(part.cut_bytes(data), factor, part.cut(total)) for part in parts)
 
     def finite(self, data: Tensor, elements: int, block: int) -> bool:
         """Whether all that was encoded is finite."""
@@ -141,8 +143,8 @@ class Dense(Codec):
     decode_kernel: Kernel
     """(scales, values, out): writes out."""
     accumulate_kernel: Kernel
-    """(scales, values, weight, total): adds to total. Numbers are [r, groups, group], scales [r, groups]; values that are
-    bytes come as fp32."""
+    """(scales, values, weight, total, sums): adds to total; writes the sum of the squares of a group's values to sums, unless
+    there are no scales. Numbers are [r, groups, group], scales and sums [r, groups]; values that are bytes come as fp32."""
 
     def block_size(self, length: int) -> int:
         width = self.packed // self.group
@@ -166,13 +168,17 @@ class Dense(Codec):
         in_pieces(self._decode, *self._split(source, length), padded)
         out.copy_(padded.flatten(1)[:, :length])
 
-    def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> None:
-        if self._fits(rows, total.shape[1]):
-            in_pieces(self._accumulate, *self._split(rows, total.shape[1]), weight, self._grouped(total))
-            return
+    def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> float:
+        scales, values = self._split(rows, total.shape[1]) if self._fits(rows, total.shape[1]) else (None, rows)
+        if scales is not None:
+            sums = torch.empty(scales.shape)
+            in_pieces(self._accumulate, scales, values, weight, self._grouped(total), sums)
+            return scales.double().square_().mul_(sums).sum().item()
         decoded = torch.empty_like(total)
         self.decode_rows(rows, decoded)
+        squares = squared_norm(decoded.view(-1))
         total.add_(decoded.mul_(weight))
+        return squares
 
     def scales(self, rows: Tensor, length: int) -> Tensor:
         head = self._head(length) or rows.shape[1]
@@ -189,7 +195,7 @@ class Dense(Codec):
             self.encode_kernel(numbers[0], None, None, keys, *parts)
             if count == PIECES[0]:  # what is decoded alone is long
                 self.decode_kernel.prepare(*parts, numbers[1])
-            self.accumulate_kernel.prepare(*parts, torch.tensor(0.1), numbers[1])
+            self.accumulate_kernel.prepare(*parts, torch.tensor(0.1), numbers[1], torch.empty(values.shape[:2]))
 
     def _encode(
         self,
@@ -208,8 +214,8 @@ class Dense(Codec):
     def _decode(self, scales: Tensor | None, values: Tensor, out: Tensor) -> None:
         self.decode_kernel(scales, widened(values), out)
 
-    def _accumulate(self, scales: Tensor | None, values: Tensor, weight: Tensor, total: Tensor) -> None:
-        self.accumulate_kernel(scales, widened(values), weight, total)
+    def _accumulate(self, scales: Tensor, values: Tensor, weight: Tensor, total: Tensor, sums: Tensor) -> None:
+        self.accumulate_kernel(scales, widened(values), weight, total, sums)
 
     def _groups(self, length: int) -> int:
         return -(-length // self.group)
@@ -253,6 +259,12 @@ def difference(minuend: Tensor, subtrahend: Tensor | None, residual: Tensor | No
     """minuend - subtrahend + residual, in this order."""
     x = minuend if subtrahend is None else minuend - subtrahend
     return x if residual is None else x + residual
+
+
+def squared_norm(flat: Tensor) -> float:
+    """Of fp32 [n]: in fp64 where fp32 would overflow."""
+    total = torch.dot(flat, flat)
+    return (total if total.isfinite() else flat.double().square_().sum()).item()
 
 
 def is_byte(values: Tensor) -> bool:

@@ -34,10 +34,6 @@ def unconvert(scales: None, values: Tensor, out: Tensor) -> None:
     out.copy_(values)
 
 
-def unconvert_accumulate(scales: None, values: Tensor, weight: Tensor, total: Tensor) -> None:
-    total.add_(values.float() * weight)
-
-
 def quantize8(
     minuend: Tensor,
     subtrahend: Tensor | None,
@@ -56,8 +52,9 @@ def dequantize8(scales: Tensor, values: Tensor, out: Tensor) -> None:
     out.copy_(values * scales.unsqueeze(2))
 
 
-def dequantize8_accumulate(scales: Tensor, values: Tensor, weight: Tensor, total: Tensor) -> None:
+def dequantize8_accumulate(scales: Tensor, values: Tensor, weight: Tensor, total: Tensor, sums: Tensor) -> None:
     total.add_((values * scales.unsqueeze(2)) * weight)
+    sums.copy_((values * values).sum(2))  # of 256 squares below 2^14: exact, in any order
 
 
 def quantize4(
@@ -79,18 +76,19 @@ def quantize4(
     scales.copy_(scale)
 
 
-def unpack4(scales: Tensor, values: Tensor) -> Tensor:
+def unpack4(values: Tensor) -> Tensor:
     high = (values * 0.0625).floor()
-    level = torch.cat([values - high * 16, high], 2) - 8
-    return level * scales.float().unsqueeze(2)
+    return torch.cat([values - high * 16, high], 2) - 8
 
 
 def dequantize4(scales: Tensor, values: Tensor, out: Tensor) -> None:
-    out.copy_(unpack4(scales, values))
+    out.copy_(unpack4(values) * scales.float().unsqueeze(2))
 
 
-def dequantize4_accumulate(scales: Tensor, values: Tensor, weight: Tensor, total: Tensor) -> None:
-    total.add_(unpack4(scales, values) * weight)
+def dequantize4_accumulate(scales: Tensor, values: Tensor, weight: Tensor, total: Tensor, sums: Tensor) -> None:
+    level = unpack4(values)
+    total.add_((level * scales.float().unsqueeze(2)) * weight)
+    sums.copy_((level * level).sum(2))
 
 
 class NoCompression(Dense):
@@ -101,7 +99,6 @@ class NoCompression(Dense):
 
     def __init__(self) -> None:
         self.encode_kernel, self.decode_kernel = Kernel(convert), Kernel(unconvert)
-        self.accumulate_kernel = Kernel(unconvert_accumulate)
 
     def prepare(self, block: int, feedback: bool) -> None:
         """Nothing: copies are as fast eager."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diloco.blockwise import Codec, Terms, difference, in_pieces
+from diloco.blockwise import Codec, Terms, difference, in_pieces, squared_norm
 
 CHUNK = 4096
 K = 64
@@ -47,11 +47,14 @@ class TopK(Codec):
         for chunks, data in self._chunks(out, rows):
             chunks.zero_().scatter_(2, *decode_chunks(data, chunks.shape[2]))
 
-    def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> None:
+    def accumulate_rows(self, rows: Tensor, weight: Tensor, total: Tensor) -> float:
         """Touches what was sent only: to the others it would add 0, of which a total that began at 0 shows nothing."""
+        squares = 0.0
         for chunks, data in self._chunks(total, rows):
             index, values = decode_chunks(data, chunks.shape[2])
+            squares += squared_norm(values.view(-1))
             chunks.scatter_(2, index, chunks.gather(2, index).add_(values.mul_(weight)))
+        return squares
 
     def scales(self, rows: Tensor, length: int) -> Tensor:
         parts = [data[..., :4].reshape(-1) for _, data in self._chunks(torch.empty(rows.shape[0], length), rows)]

@@ -174,11 +174,11 @@ class Exchanger:
         for _ in range(len(attempt.due)):
             first, parts = attempt.next_whole(tick)
             try:
-                data = self.arithmetic.reduce(order.key[1], first, attempt.end[first], parts, weights)
+                data, squares = self.arithmetic.reduce(order.key[1], first, attempt.end[first], parts, weights)
             except NotFinite as error:
                 self._refuse(attempt, error.index)
                 raise Cancelled from error
-            self._compare_norms(attempt, first, parts)
+            self._compare_norms(attempt, squares)
             attempt.cut(first, attempt.end[first]).copy_(data)
             attempt.pass_on(first)
         attempt.wait(lambda: not attempt.missing, tick)
@@ -189,14 +189,14 @@ class Exchanger:
         name = attempt.order.parties[index].member if index >= 0 else ""
         attempt.fail(frozenset([name] if name else []), f"the contribution of {name or 'all together'} is not finite")
 
-    def _compare_norms(self, attempt: Attempt, first: int, parts: Sequence[Tensor]) -> None:
+    def _compare_norms(self, attempt: Attempt, squares: Sequence[float]) -> None:
         """Weights go by the norms that members announce, so who sends more than it announced is left out of the next attempt.
         An owner sees its own blocks only. Raises Cancelled."""
         order = attempt.order
-        for k, (party, part) in enumerate(zip(order.parties, parts, strict=True)):
+        for k, (party, square) in enumerate(zip(order.parties, squares, strict=True)):
             if k == order.me or party.norm is None:
                 continue
-            attempt.squares[k] += self.arithmetic.squares(order.key[1], first, attempt.end[first], part)
+            attempt.squares[k] += square
             norm = math.sqrt(attempt.squares[k])
             if norm > NORM_SLACK * party.norm + TINY:
                 sent = f"announced a norm of {party.norm:.3g} and sends one of at least {norm:.3g}"

@@ -49,12 +49,11 @@ class Arithmetic(Protocol):
         """The same of a result."""
         ...
 
-    def reduce(self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The result for these blocks from the members' parts (uint8), in the order given. Raises NotFinite."""
-        ...
-
-    def squares(self, fragment: int, first: int, last: int, part: Tensor) -> float:
-        """Sum of the squares of the numbers in a member's part."""
+    def reduce(
+        self, fragment: int, first: int, last: int, parts: Sequence[Tensor], weights: Sequence[float]
+    ) -> tuple[Tensor, list[float]]:
+        """The result for these blocks from the members' parts (uint8), in the order given, and the sum of the squares of the
+        numbers in each part. Raises NotFinite."""
         ...
 
     def digests(self, fragment: int, first: int, last: int, data: Tensor, members: int) -> bytes:

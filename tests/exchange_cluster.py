@@ -111,7 +111,7 @@ class Cluster:
     def reference(self, members: Sequence[int]) -> Tensor:
         """The whole fragment at once."""
         parts = [self.encoded[k] for k in members]
-        return self.averaging.reduce(0, 0, self.blocks, parts, [self.weights[k] for k in members])
+        return self.averaging.reduce(0, 0, self.blocks, parts, [self.weights[k] for k in members])[0]
 
     def ended(self, attempt: str, members: Sequence[int]) -> bool:
         return until(lambda: all(attempt in rank.outcomes for k in members for rank in self.members[k]))

@@ -136,7 +136,7 @@ def test_rounding_adds_little_to_a_norm(codec: str, rounding: str, small: float)
     flat = torch.full((averaging.elements(0, 0, 37),), small)
     flat[::64] = 7.0
     contribution = averaging.contribution(0, 0, 37, flat, torch.zeros_like(flat), seed=3)
-    sent = averaging.squares(0, 0, 37, contribution.read(0, 37))
+    _, (sent,) = averaging.reduce(0, 0, 37, [contribution.read(0, 37)], [0.5])
     assert sent == pytest.approx(averaging.decode(0, 0, 37, contribution.read(0, 37)).square().sum().item(), rel=1e-4)
     assert math.sqrt(sent) < 0.95 * NORM_SLACK * math.sqrt(contribution.squares().item())
 
@@ -144,7 +144,7 @@ def test_rounding_adds_little_to_a_norm(codec: str, rounding: str, small: float)
 def test_squares_of_huge_numbers_do_not_overflow() -> None:
     averaging = averaging_of("none")
     flat = torch.full((averaging.elements(0, 0, 37),), 1e30)
-    sent = averaging.squares(0, 0, 37, averaging.encode(0, flat))
+    _, (sent,) = averaging.reduce(0, 0, 37, [averaging.encode(0, flat)], [1e-30])
     assert sent == pytest.approx(1e60 * flat.numel(), rel=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_result_is_the_weighted_mean(codec: str, members: int, first: int, last:
     """Several runs long and from any block on, the last one short: against numpy, and joined of pieces."""
     averaging, weights = averaging_of(codec), [1000.0 + 37 * m for m in range(members)]
     parts, n = parts_of(averaging, members, first, last), averaging.elements(0, first, last)
-    result = averaging.reduce(0, first, last, parts, weights)
+    result = averaging.reduce(0, first, last, parts, weights)[0]
     assert result.numel() == averaging.result_size(0, first, last, members)
     mean = reference.weighted_mean([reference.decode(codec, p.numpy(), n, BLOCK) for p in parts], weights)
     if not averaging.gathers:
@@ -207,7 +207,9 @@ def test_result_is_the_weighted_mean(codec: str, members: int, first: int, last:
     assert same_bits(torch.cat(runs), mean + np.float32(0) if averaging.gathers else mean)
     middle = (first + last) // 2
     pieces = [
-        averaging.reduce(0, a, b, [p[averaging.size(0, first, a) :][: averaging.size(0, a, b)] for p in parts], weights)
+        averaging.reduce(
+            0, a, b, [p[averaging.size(0, first, a) :][: averaging.size(0, a, b)] for p in parts], weights
+        )[0]
         for a, b in ((first, middle), (middle, last))
     ]
     assert same_bits(torch.cat(pieces), result)
@@ -221,7 +223,7 @@ def test_only_sparse_codecs_gather() -> None:
 def test_sparse_result_holds_the_contributions_block_by_block(members: int) -> None:
     averaging = averaging_of("topk", elements=2 * BLOCK + 100)
     parts, size = parts_of(averaging, members, 0, 3), averaging.size(0, 0, 1)
-    result = averaging.reduce(0, 0, 3, parts, [1.0] * members)
+    result = averaging.reduce(0, 0, 3, parts, [1.0] * members)[0]
     cuts = [(0, size), (size, 2 * size), (2 * size, averaging.size(0, 0, 3))]
     assert same_bits(result, torch.cat([part[a:b] for a, b in cuts for part in parts]))
     digests = averaging.digests(0, 0, 3, result, members)
@@ -233,7 +235,7 @@ def test_sparse_result_holds_the_contributions_block_by_block(members: int) -> N
 def test_a_stochastic_mean_does_not_depend_on_how_it_is_cut() -> None:
     averaging = averaging_of("int4", "stochastic")
     parts = parts_of(averaging, 2, 0, 37)
-    whole = averaging.reduce(0, 0, 37, parts, [1.0, 2.0])
+    whole = averaging.reduce(0, 0, 37, parts, [1.0, 2.0])[0]
     cut = averaging.size(0, 0, 5)
-    rest = averaging.reduce(0, 5, 37, [part[cut:] for part in parts], [1.0, 2.0])
+    rest = averaging.reduce(0, 5, 37, [part[cut:] for part in parts], [1.0, 2.0])[0]
     assert same_bits(rest, whole[cut:])

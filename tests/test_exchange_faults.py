@@ -31,7 +31,7 @@ class Gate(Averaging):
         super().__init__(inner.fragments, inner.codec)
         self.reached, self.opened = threading.Event(), threading.Event()
 
-    def reduce(self, *args: Any) -> Tensor:
+    def reduce(self, *args: Any) -> tuple[Tensor, list[float]]:
         self.reached.set()
         assert self.opened.wait(60)
         return super().reduce(*args)

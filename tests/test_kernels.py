@@ -60,8 +60,10 @@ def everything(codec: Codec, arrays: list[np.ndarray], weight: float, seed: int)
         data = torch.empty(codec.size(N, BLOCK), dtype=torch.uint8)
         codec.encode_into(data, terms, BLOCK, seed, 5)
         total = b.clone()
-        codec.accumulate(total, data, weight, BLOCK)
-        found += [data, codec.decode(data, N, BLOCK), total]
+        squares = torch.tensor(codec.accumulate(total, data, weight, BLOCK), dtype=torch.float64)
+        decoded = codec.decode(data, N, BLOCK)
+        assert squares.item() == pytest.approx(decoded.double().square().sum().item(), rel=1e-6)
+        found += [data, decoded, total, squares]
     return found
 
 

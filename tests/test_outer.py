@@ -51,7 +51,7 @@ def one_round(
     blocks = averaging.blocks(0)
     before, m = torch.from_numpy(theta.copy()), torch.from_numpy(momentum.copy())
     parts = [averaging.encode(0, before - torch.from_numpy(local)) for local in locals]
-    result = averaging.reduce(0, 0, blocks, parts, weights)
+    result = averaging.reduce(0, 0, blocks, parts, weights)[0]
     gradient = torch.cat(list(averaging.decode_runs(0, 0, blocks, result, weights)))
     nesterov(before, m, gradient, LR, MU)
     return before.numpy(), m.numpy()
@@ -167,7 +167,7 @@ def test_reducing_cell_by_cell_is_reducing_the_whole(codec: str, worlds: list[in
     averaging, weights = averaging_of(n, codec), [1000.0 + m for m in range(len(worlds))]
     blocks = averaging.blocks(0)
     deltas = [torch.from_numpy(normal(m, n)) for m in range(len(worlds))]
-    whole = averaging.reduce(0, 0, blocks, [averaging.encode(0, d) for d in deltas], weights)
+    whole = averaging.reduce(0, 0, blocks, [averaging.encode(0, d) for d in deltas], weights)[0]
     found = []
     for cell in cells(blocks, worlds, ownership([1.0] * len(worlds))):
         for owner in range(len(worlds)):
@@ -176,7 +176,7 @@ def test_reducing_cell_by_cell_is_reducing_the_whole(codec: str, worlds: list[in
                 start, stop = averaging.fragments[0].span(first, last)
                 assert averaging.elements(0, first, last) == stop - start
                 parts = [averaging.encode(0, d[start:stop]) for d in deltas]
-                found.append(averaging.reduce(0, first, last, parts, weights))
+                found.append(averaging.reduce(0, first, last, parts, weights)[0])
     assert same_bits(torch.cat(found), whole)
 
 

@@ -131,7 +131,7 @@ def test_two_ranks_hold_the_mean_of_what_they_offered(codec: str) -> None:
     assert until(lambda: all("a" in rank.outcomes for rank in ranks))
     averaging, blocks = ranks[0].averaging, ranks[0].averaging.blocks(0)
     again = [averaging.contribution(0, 0, blocks, r.theta, r.local, r.residual, 3).read(0, blocks) for r in ranks]
-    expected = averaging.reduce(0, 0, blocks, again, [64.0, 64.0])
+    expected = averaging.reduce(0, 0, blocks, again, [64.0, 64.0])[0]
     for rank, bits in zip(ranks, again, strict=True):
         result, outcome = rank.exchange.result("a"), rank.outcomes["a"]
         assert result is not None and outcome.digests is not None and torch.equal(result, expected)

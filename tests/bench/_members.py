@@ -125,7 +125,7 @@ class Run:
         """As Trainer.merge does it: residuals, the outer step, the local parameters."""
         blocks, weights = self.fragments[f].blocks, [1.0] * self.plan.members
         parts = [contribution.read(0, blocks) for contribution in flight.contributions]
-        data = self.averaging.reduce(f, 0, blocks, parts, weights)
+        data = self.averaging.reduce(f, 0, blocks, parts, weights)[0]
         for member, contribution in zip(self.members, flight.contributions, strict=True):
             if member.residual:
                 contribution.update_residual()
