@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt.checkpoint import MANIFEST, DamagedError, Reader
+from ckpt.checkpoint import MANIFEST, DamagedError
 from ckpt.format import FormatError, field, is_count, is_list, require, spans_of
+from ckpt.reading import Reader
 from ckpt.store import Store
 
 THETA = "theta"

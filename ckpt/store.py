@@ -133,6 +133,13 @@ class Store:
                     return b""
                 raise
 
+    def read_into(self, key: str, start: int, out: memoryview) -> int:
+        """Bytes of an object from `start` on, into all of `out`; how many there were, fewer where it ends before. MissingError
+        if there is none."""
+        data = self.read(key, start, start + len(out))
+        out[: len(data)] = data
+        return len(data)
+
     def size(self, key: str) -> int:
         """Bytes of an object; raise MissingError if there is none."""
         with self._errors("look at", check_key(key)):

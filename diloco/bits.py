@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ckpt.checkpoint import DamagedError, verify
+from ckpt.checkpoint import DamagedError
+from ckpt.reading import verify
 from ckpt.store import StoreError
 from diloco.checkpoints import MOMENTS, go_back, save_bits
 from diloco.fetching import Fetch

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard, verify
+from ckpt.checkpoint import DamagedError, Piece, commit_manifest, load_manifest, save_shard
 from ckpt.layout import encode_layout
 from ckpt.pieces import cut, groups
+from ckpt.reading import Reader, newest, verify
 from ckpt.store import Store, StoreError
 from diloco.config import ModelConfig
 from diloco.errors import ConfigError

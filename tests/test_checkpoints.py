@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ckpt import pieces
-from ckpt.checkpoint import load_manifest, read_range
+from ckpt.checkpoint import load_manifest
+from ckpt.reading import read_range
 from ckpt.store import Store
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import ModelConfig

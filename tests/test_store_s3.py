@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt.checkpoint import Piece, commit_manifest, load_manifest, newest, read_range, save_shard, verify
+from ckpt.checkpoint import Piece, commit_manifest, load_manifest, save_shard
+from ckpt.reading import newest, read_range, verify
 from ckpt.store import MissingError, Store, StoreError
 from ckpt.tool import main
 from tests.llama_checkpoints import SMALL, random_llama, save_llama
