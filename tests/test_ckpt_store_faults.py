@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from s3fs import S3FileSystem
 
-from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, save_shard, verify
+from ckpt.checkpoint import DamagedError, Piece, commit_manifest, load_manifest, save_shard
+from ckpt.reading import Reader, verify
 from ckpt.store import Store, StoreError
 from tests.s3_proxy import Proxy, Rule
 from tests.s3_server import BUCKET, Server, new_server
