@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from s3fs import S3FileSystem
 
 from ckpt.store import Store
 from diloco.journal import Journal, entry_key
-from tests.e2e.cluster import Cluster, RegionProcess, send
+from tests.e2e.cluster import Cluster, RegionProcess, children, send
 from tests.s3_proxy import Proxy, Rule
 from tests.s3_server import BUCKET, Server, new_server
 
@@ -229,3 +232,89 @@ def test_a_stop_while_the_store_is_slow(stored: Stored) -> None:
         assert [region.wait(120) for region in regions] == [0, 0], stored.cluster.logs()
     assert stored.rounds() >= 2
     stored.resumes(of="eu")
+
+
+STAGES = {
+    "arena": Rule("hang", "PUT", r"checkpoints/.*\.safetensors"),
+    "part 1": Rule("hang", "PUT", r"checkpoints/.*/parts/"),
+    "part 2": Rule("hang", "PUT", r"checkpoints/.*/parts/", spare=1),
+    "manifest": Rule("hang", "PUT", r"checkpoints/.*/manifest\.json"),
+    "manifest written": Rule("lose", "PUT", r"checkpoints/.*/manifest\.json"),
+}
+"""Stage of a save -> what is done to its request; everything is killed when it comes."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_everything_is_killed_at_a_stage_of_a_save(stored: Stored, stage: str) -> None:
+    regions = stored.start_two()
+    stored.cluster.until(lambda: stored.rounds() >= 3)
+    rule = STAGES[stage]
+    rule.hits = rule.passed = 0
+    with stored.proxy.fault(rule):
+        stored.cluster.until(lambda: rule.hits >= 1)
+        kill_when_merged(stored, *regions)
+    stored.resumes(of="eu")
+
+
+def uploaders(region: RegionProcess) -> list[int]:
+    found = []
+    for pid in children(region.process.pid):
+        with suppress(OSError):
+            if b"ckpt.uploader" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def checkpoints(stored: Stored) -> set[str]:
+    return {key for key in stored.store.list("checkpoints") if key.endswith("/manifest.json")}
+
+
+def test_uploaders_are_killed_again_and_again(stored: Stored) -> None:
+    """Each is replaced, which a region says; checkpoints are committed afterwards, and training has not noticed."""
+    regions = stored.start_two()
+    stored.cluster.until(lambda: stored.rounds() >= 2 and all(map(uploaders, regions)))
+    for turn in range(4):
+        victim = regions[turn % 2]
+        with stored.proxy.fault(Rule("slow", "PUT", r"checkpoints/", rate=50e3)) as rule:
+            stored.cluster.until(lambda rule=rule: rule.hits >= 1)
+            old = uploaders(victim)
+            for pid in old:
+                os.kill(pid, signal.SIGKILL)
+        stored.cluster.until(lambda v=victim, old=old: uploaders(v) and not set(uploaders(v)) & set(old))
+        seen = checkpoints(stored)
+        stored.cluster.until(lambda seen=seen: checkpoints(stored) - seen)
+    assert all("Traceback" not in region.text() for region in regions), stored.cluster.logs()
+    kill_when_merged(stored, *regions)
+    stored.resumes(of="eu")
+
+
+class Bomb:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_pickle_that_is_planted_is_never_loaded(stored: Stored, tmp_path: Path) -> None:
+    """Under every name that anything reads or lists: shards, manifests, parts, pins, and names of other programs."""
+    regions = stored.start_two()
+    stored.cluster.until(lambda: stored.rounds() >= 3)
+    kill_when_merged(stored, *regions)
+    mark = tmp_path / "mark"
+    planted = pickle.dumps(Bomb(mark))
+    manifests = sorted(checkpoints(stored), key=lambda key: int(key.split("/")[-2]))
+    folder, number = manifests[-1].removesuffix("/manifest.json").rsplit("/", 1)
+    for name in (".metadata", "model.pt", "rank-0.safetensors", "parts/eu_1-0.json", "removed", "optimizer.bin"):
+        stored.store.write(f"{folder}/{number}/{name}", planted)
+        stored.store.write(f"{folder}/{10**6}/{name}", planted)
+    stored.store.write(f"{folder}/{10**6}/manifest.json", planted)
+    for key in stored.store.list(f"{folder}/{number}"):
+        if key.endswith(".safetensors"):
+            stored.store.write(key, planted)
+    stored.resumes(of="eu")
+    assert not mark.exists()
+    pickle.loads(planted)  # noqa: S301
+    assert mark.exists(), "it would have been seen"
