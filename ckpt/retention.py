@@ -172,7 +172,7 @@ def _left_over(store: Store, prefix: str, ages: dict[str, float], rules: Rules) 
             return
         named = _named(store, prefix)
         yield from (key for key, age in sorted(ages.items()) if named and key not in named and age >= rules.grace)
-    elif ages.get(tombstone, min(ages.values())) >= rules.grace:
+    elif ages.get(tombstone, min(ages.values())) >= rules.grace and not store.exists(key):  # one that finished late
         yield from (key for key in sorted(ages) if key != tombstone)
         if tombstone in ages:
             yield tombstone

@@ -18,7 +18,7 @@ VERBS = {
     "show": "URL[@ENTRY]: what a checkpoint says of itself, and its layout",
     "verify": "URL[@ENTRY]: reads every byte of one or all",
     "export": "URL[@ENTRY] --format hf OUT [--dtype fp32|bf16]: a folder for transformers' LlamaForCausalLM",
-    "gc": "URL [--keep 3] [--keep-every 0] [--grace 3600] [--dry-run]: removes what ckpt.keep, ckpt.keep_every and ckpt.grace "
+    "gc": "URL [--keep 3] [--keep-every 0] [--grace 900] [--dry-run]: removes what ckpt.keep, ckpt.keep_every and ckpt.grace "
     "leave of its checkpoints",
     "pin": "URL[@ENTRY]: gc and training leave this one",
     "unpin": "URL@ENTRY: undoes it",
@@ -31,7 +31,7 @@ OPTIONS = {
     "average": {"--weights"},
     "gc": {"--keep", "--keep-every", "--grace", "--dry-run"},
 }
-GC_DEFAULTS = {"--keep": "3", "--keep-every": "0", "--grace": "3600"}
+GC_DEFAULTS = {"--keep": "3", "--keep-every": "0", "--grace": "900"}
 FLAGS = {"--dry-run"}
 """Options without a value."""
 

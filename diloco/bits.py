@@ -15,7 +15,7 @@ from torch import Tensor
 from ckpt.checkpoint import DamagedError
 from ckpt.reading import verify
 from ckpt.store import StoreError
-from diloco.checkpoints import MOMENTS, go_back, save_bits
+from diloco.checkpoints import MOMENTS, go_back, save_bits, without_bits
 from diloco.fetching import Fetch
 from diloco.fold import State
 from diloco.fragments import digest
@@ -71,7 +71,7 @@ def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) 
         if move == "lost":
             say(journal, {"kind": "lost", "round": search.round, "member": links.member})
         elif move == "rewind":
-            go_back(links.member, links.checkpoints, journal, search.round)
+            go_back(links.member, links.checkpoints, journal, "lost", without_bits(search.round))
     except StoreError as error:
         print(f"{links.member}: {error}; trying again", flush=True)
         move = "wait"

@@ -16,7 +16,7 @@ from ckpt.store import Store, StoreError
 from diloco.agreeing import Roots, prove
 from diloco.averaging import Averaging
 from diloco.bits import answer_lost, find_bits
-from diloco.checkpoints import Checkpoints
+from diloco.checkpoints import Checkpoints, reload
 from diloco.clock import Clock
 from diloco.codec import build_codec, compiles
 from diloco.config import Config, build_module, load
@@ -297,9 +297,9 @@ class Trainer:
     def reset(self) -> None:
         """Everything as at the checkpoint that the epoch starts from; AdamW's moments afresh. Collective."""
         self.links.exchanger.forget()
-        self.links.checkpoints.load_prefix(self.state, self.planes)
-        self.behind = False
-        self.adopt()
+        self.behind = not reload(self.links.member, self.links.checkpoints, self.state, self.planes)
+        if not self.behind:
+            self.adopt()
 
     def adopt(self) -> None:
         """x <- theta in all fragments, nothing in flight, fresh moments and residual. Collective."""

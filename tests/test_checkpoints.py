@@ -13,6 +13,7 @@ from ckpt import pieces
 from ckpt.checkpoint import load_manifest
 from ckpt.reading import read_range
 from ckpt.store import Store
+from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import ModelConfig
 from diloco.fragments import group_parameters
@@ -36,7 +37,7 @@ def test_planes_come_back_from_shards_of_any_size(tmp_path: Path, monkeypatch: p
     saved, loaded = Planes(fragments, slices), Planes(fragments, slices)
     for fragment in fragments:
         saved.load(fragment.index, 0, torch.randn(fragment.elements), torch.randn(fragment.elements))
-    points = Checkpoints(store, "run", region, shards, keep=1, model={})
+    points = Checkpoints(store, "run", region, shards, keep=CkptConfig(keep=1), model={})
     points.save_first(saved)
     manifest = next(points.candidates())
     points.load(manifest, loaded)
@@ -59,7 +60,7 @@ def test_a_global_checkpoint_says_where_its_parameters_are(tmp_path: Path) -> No
     for f in range(len(fragments)):
         planes.load(f, 0, shards.read(f), torch.zeros(fragments[f].elements))
     what = describe(model, ModelConfig(args=args), seq_len=32)
-    points = Checkpoints(store, "run", region, shards, keep=1, model=what)
+    points = Checkpoints(store, "run", region, shards, keep=CkptConfig(keep=1), model=what)
     manifest = load_manifest(store, points.save_first(planes))
     assert manifest["model"]["args"] == {**args, "rope_theta": 5e5, "norm_eps": 1e-5, "tied": False}
     assert manifest["model"]["target"] == "diloco.model.build_llama" and manifest["model"]["seq_len"] == 32
@@ -100,7 +101,7 @@ class OneRank:
         self.planes = Planes(fragments, [(0, fragment.blocks) for fragment in fragments], error_feedback)
         self.inner = Inner(InnerConfig(batch=1), model, lambda model, tokens: (model, tokens), region)
         self.inner.materialise()
-        self.points = Checkpoints(store, "run", region, self.shards, keep=1, model={})
+        self.points = Checkpoints(store, "run", region, self.shards, keep=CkptConfig(keep=1), model={})
 
 
 @pytest.mark.parametrize(("there", "here", "exact"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
