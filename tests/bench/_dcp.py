@@ -13,7 +13,7 @@ import warnings
 
 import torch
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 TENSOR = 8_000_000
 """Elements of one, the last one's may be fewer: a matrix of a model of some hundred million parameters."""

@@ -17,6 +17,7 @@ from ckpt.checkpoint import MANIFEST
 from ckpt.reading import READERS
 from ckpt.store import Store
 from diloco.averaging import Averaging
+from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import Checkpoints, save_bits
 from diloco.codec import CodecConfig, build_codec
 from diloco.fold import State
@@ -64,7 +65,7 @@ class Saver:
             for plane in self.tensors(f):
                 plane.normal_()
             self.planes._set_base(f, 0)
-        self.points = Checkpoints(self.store, RUN, region, Shards(model, fragments, region), 100, {})
+        self.points = Checkpoints(self.store, RUN, region, Shards(model, fragments, region), CkptConfig(keep=100), {})
         self.log = Log(opening(FRAGMENTS), *(joining(member(k)) for k in range(members)))
         self.averaging = Averaging(fragments, build_codec(CodecConfig(name="int8")))
         self.matrix = torch.randn(MATRIX, MATRIX)
