@@ -13,9 +13,12 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsspec.config import conf
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
 
 SWITCH = "CKPT_S3_CLIENT"
 """Environment variable: s3fs, where obstore is not wanted."""
@@ -116,7 +119,7 @@ def _open(bucket: str) -> Any:
             "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials"
         )
 
-    def provide() -> dict[str, Any]:
+    def provide() -> S3Credential:
         now = credentials.get_frozen_credentials()
         until = datetime.now(UTC) + CREDENTIALS
         return {

@@ -35,7 +35,9 @@ def store(tmp_path: Path) -> Store:
 def commit(store: Store, seq: int, root: str = ROOT, **body: Any) -> dict[str, Any]:
     """A checkpoint after seq // 10 rounds."""
     prefix = f"{root}/{seq}"
-    records = [save_shard(store, prefix, f"s{n}", [Piece("theta", n, 0, 2, torch.full((2,), seq))]) for n in range(2)]
+    records = [
+        save_shard(store, prefix, f"s{n}", [Piece("theta", n, 0, 2, torch.full((2,), float(seq)))]) for n in range(2)
+    ]
     whole = {"seq": seq, "counters": {"rounds": seq // 10, "applied": 0}, "origin": f"{root}/0", **body}
     return commit_manifest(store, prefix, whole, records)
 
