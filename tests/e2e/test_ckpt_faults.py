@@ -56,7 +56,7 @@ class Stored:
         """One region of another shape, from the store alone: loses no committed round, and says of the planes it loaded what
         `of` computed. Returns its first round."""
         before, seq = self.rounds(), self.entries()[-1]["seq"]
-        asia = self.start("asia", "parallel.tp=2", nproc=4)
+        asia = self.start("asia", "parallel.tp=2", nproc=2)
         first: list[dict[str, Any]] = []
 
         def committed() -> bool:
