@@ -53,11 +53,10 @@ class Bench:
         with ExitStack() as stack:
             saver = Remote(dict(os.environ))
             stack.callback(saver.close)
-            url = f"{STORE}/one"
+            url, before = f"{STORE}/one", together(saver.process.pid)
             held = saver.ask("hold", url=url, elements=self.elements // 2, me=0, members=1)
             self.root, size = held["root"], held["bytes"]
-            copy, before = saver.ask("memcpy"), together(saver.process.pid)
-            alone = saver.ask("steps", seconds=3.0)
+            copy, alone = saver.ask("memcpy"), saver.ask("steps", seconds=3.0)
             blocked, whole, raw = list[float](), list[float](), list[float]()
             with Peak(saver.process.pid) as peak:
                 for turn in range(1 + self.repeat):
@@ -80,7 +79,7 @@ class Bench:
             share = 100 * median(raw) / median(whole[1:])
             yield at_least("save until committed, hashing included: rate ÷ raw upload's", share, "%", 85)
             yield Row("DCP's save: rate ÷ raw upload's", 100 * median(raw) / median(self.dcp["save"]), "%")
-            extra = (peak.bytes - before) / MIB
+            extra = (peak.bytes - before - size) / MIB
             yield at_most("memory beside the state, uploader included", extra, "MiB", size / MIB + 256)
             yield Row("matrix products during an upload ÷ alone", 100 * beside / alone, "%")
 
