@@ -288,6 +288,22 @@ def test_uploaders_are_killed_again_and_again(stored: Stored) -> None:
     stored.resumes(of="eu")
 
 
+def test_uploaders_outlive_their_regions(stored: Stored) -> None:
+    """The regions are killed during an upload: what they had handed over is committed all the same."""
+    regions = stored.start_two()
+    stored.cluster.until(lambda: stored.rounds() >= 2 and all(map(uploaders, regions)))
+    orphans = [pid for region in regions for pid in uploaders(region)]
+    seen = checkpoints(stored)
+    with stored.proxy.fault(Rule("hang", "PUT", r"checkpoints/.*\.safetensors")) as rule:
+        stored.cluster.until(lambda: rule.hits >= 2)
+        for region in regions:
+            region.signal(signal.SIGKILL)
+            region.process.wait()
+    stored.cluster.until(lambda: checkpoints(stored) - seen)
+    stored.cluster.until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in orphans))
+    stored.resumes(of="eu")
+
+
 class Bomb:
     """Leaves a mark when it is unpickled."""
 
