@@ -7,8 +7,9 @@ import json
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,23 @@ FAULTS = {
 """Name -> what happens to requests, and how many of them it hits before it is over."""
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_store_that_fails_for_a_while(stored: Stored, name: str) -> None:
-    """Training goes on meanwhile, rounds are committed again afterwards, and the resume is exact."""
+REFUSED = ("503 storm", "500 storm", "credentials revoked", "disk full")
+BROKEN = ("time-outs", "slow", "answers lost", "uploads reset", "reads break off")
+
+
+@pytest.mark.parametrize("names", [REFUSED, BROKEN], ids=["refusing", "breaking"])
+def test_a_store_that_fails_for_a_while(stored: Stored, names: tuple[str, ...]) -> None:
+    """Again and again, each time in another way: training goes on meanwhile, rounds are committed again afterwards, and the
+    resume is exact."""
     regions = stored.start_two()
     stored.cluster.until(lambda: stored.rounds() >= 2)
-    rule, hits = FAULTS[name]
-    rule.hits = 0
-    with stored.proxy.fault(rule):
-        stored.cluster.until(lambda: rule.hits >= hits)
-    stored.more_rounds(3)
-    assert all(region.process.poll() is None for region in regions)
-    assert all("Traceback" not in region.text() for region in regions), stored.cluster.logs()
+    for name in names:
+        rule, hits = FAULTS[name]
+        with stored.proxy.fault(replace(rule, hits=0)) as rule:
+            stored.cluster.until(lambda rule=rule, hits=hits: rule.hits >= hits)
+        stored.more_rounds(2)
+        assert all(region.process.poll() is None for region in regions), name
+        assert all("Traceback" not in region.text() for region in regions), stored.cluster.logs()
     kill_when_merged(stored, *regions)
     stored.resumes(of="eu")
 
@@ -152,7 +158,7 @@ def test_a_server_that_is_killed_and_started_again(stored: Stored) -> None:
     stored.resumes(of="eu")
 
 
-@pytest.mark.parametrize("name", ["503 storm", "credentials revoked", "nobody there"])
+@pytest.mark.parametrize("name", ["credentials revoked", "nobody there"])
 def test_a_resume_without_the_store_is_one_sentence(stored: Stored, name: str) -> None:
     """Nothing is trained from a made-up state because the real one cannot be read; later it can."""
     regions = stored.start_two()
@@ -176,30 +182,23 @@ def test_a_resume_without_the_store_is_one_sentence(stored: Stored, name: str) -
     stored.resumes(of="eu")
 
 
-def damage_newest(stored: Stored, how: Callable[[Store, str], None]) -> int:
-    """Damages a shard of the newest checkpoint. Returns its number."""
+def damage_newest(stored: Stored) -> int:
+    """Flips a bit in a shard of the newest checkpoint. Returns its number."""
     root = f"checkpoints/{stored.entries()[0]['run']}"
-    numbers = [int(key.split("/")[-2]) for key in stored.store.list(root) if key.endswith("/manifest.json")]
-    shards = [key for key in stored.store.list(f"{root}/{max(numbers)}") if key.endswith(".safetensors")]
-    how(stored.store, shards[0])
+    numbers = [int(key.split("/")[-2]) for key in checkpoints(stored)]
+    key = next(key for key in stored.store.list(f"{root}/{max(numbers)}") if key.endswith(".safetensors"))
+    data = bytearray(stored.store.read(key))
+    data[-5] ^= 4
+    stored.store.write(key, bytes(data))
     return max(numbers)
 
 
-def flip(store: Store, key: str) -> None:
-    data = bytearray(store.read(key))
-    data[-5] ^= 4
-    store.write(key, bytes(data))
-
-
-@pytest.mark.parametrize(
-    "how", [flip, lambda s, k: s.delete(k), lambda s, k: s.write(k, s.read(k)[:-8])], ids=["flipped", "gone", "short"]
-)
-def test_a_damaged_newest_checkpoint_costs_nothing(stored: Stored, how: Callable[[Store, str], None]) -> None:
+def test_a_damaged_newest_checkpoint_costs_nothing(stored: Stored) -> None:
     """It is named, and the one before with the rounds since gives the same state."""
     regions = stored.start_two()
     stored.cluster.until(lambda: stored.rounds() >= 4)
     kill_when_merged(stored, *regions)
-    number = damage_newest(stored, how)
+    number = damage_newest(stored)
     stored.resumes(of="eu")
     said = [line for line in stored.cluster.regions[-1].text().splitlines() if "is damaged" in line]
     assert any(f"/{number}" in line for line in said), stored.cluster.regions[-1].text()
@@ -236,8 +235,7 @@ def test_a_stop_while_the_store_is_slow(stored: Stored) -> None:
 
 STAGES = {
     "arena": Rule("hang", "PUT", r"checkpoints/.*\.safetensors"),
-    "part 1": Rule("hang", "PUT", r"checkpoints/.*/parts/"),
-    "part 2": Rule("hang", "PUT", r"checkpoints/.*/parts/", spare=1),
+    "a part": Rule("hang", "PUT", r"checkpoints/.*/parts/", spare=1),
     "manifest": Rule("hang", "PUT", r"checkpoints/.*/manifest\.json"),
     "manifest written": Rule("lose", "PUT", r"checkpoints/.*/manifest\.json"),
 }
@@ -248,9 +246,7 @@ STAGES = {
 def test_everything_is_killed_at_a_stage_of_a_save(stored: Stored, stage: str) -> None:
     regions = stored.start_two()
     stored.cluster.until(lambda: stored.rounds() >= 3)
-    rule = STAGES[stage]
-    rule.hits = rule.passed = 0
-    with stored.proxy.fault(rule):
+    with stored.proxy.fault(replace(STAGES[stage])) as rule:
         stored.cluster.until(lambda: rule.hits >= 1)
         kill_when_merged(stored, *regions)
     stored.resumes(of="eu")
