@@ -17,10 +17,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a process that only uploads does without
+    from torch import Tensor
 
 FORMAT = 3
 OWN_KEYS = ("format", "shards", "digest", "prefix")  # of a manifest; the rest is the caller's body
@@ -126,6 +126,8 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
 
 
 def _check_piece(piece: Piece) -> None:
+    import torch
+
     tensor, length = piece.tensor, piece.stop - piece.start
     if not (is_name(piece.plane) and is_count(piece.fragment) and is_count(piece.start)):
         raise ValueError(f"{piece.plane!r}, {piece.fragment!r}, {piece.start!r} name no plane, fragment and start")

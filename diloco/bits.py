@@ -20,6 +20,7 @@ from diloco.fetching import Fetch
 from diloco.fold import State
 from diloco.fragments import digest
 from diloco.journal import Journal, say
+from diloco.keeping import alone, save
 from diloco.losing import Search
 from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
@@ -154,7 +155,7 @@ def answer_lost(trainer: Trainer, seq: int) -> None:
         if trainer.in_step and not trainer.behind:
             if trainer.region.rank == 0:
                 _have(trainer, seq)
-            trainer.save(mine=True)
+            save(trainer, alone(trainer), wait=True)
         return
 
     def upload() -> None:

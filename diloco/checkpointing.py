@@ -22,6 +22,10 @@ class CkptConfig:
     grace: float = 900.0
     """Seconds that the shards of a checkpoint stay after it was removed, for who is reading them, and what a killed save
     left after its last object."""
+    upload_deadline: float = 600.0
+    """Seconds after which an upload that the store refuses is given up."""
+    make_up_after: float = 10.0
+    """Seconds (or twice what the own upload took, if that is more) after which a region uploads what another one has not."""
     durable: bool = True
     """Store a round's bits before it is committed: then nothing committed is ever lost, at one upload of the encoded
     parameters per round. false: if every region dies at once, the run goes back to the newest checkpoint."""
@@ -52,6 +56,11 @@ def validate(cfg: CkptConfig) -> None:
         raise ConfigError(f"ckpt.every={cfg.every} and ckpt.keep={cfg.keep} must be at least 1: raise them")
     if cfg.keep_every < 0 or cfg.grace < 0:
         raise ConfigError(f"ckpt.keep_every={cfg.keep_every} and ckpt.grace={cfg.grace} must be at least 0: raise them")
+    if cfg.upload_deadline < 1 or cfg.make_up_after <= 0:
+        raise ConfigError(
+            f"ckpt.upload_deadline={cfg.upload_deadline} must be at least 1 and ckpt.make_up_after={cfg.make_up_after} "
+            "above 0 seconds: raise them"
+        )
     if cfg.lost_wait < 5:
         raise ConfigError(
             f"ckpt.lost_wait={cfg.lost_wait} is too short for who has the bits to say so: set it to at least 5 seconds"

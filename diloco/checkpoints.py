@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,12 +16,11 @@ from ckpt.checkpoint import DamagedError, Piece, commit_manifest, load_manifest,
 from ckpt.layout import encode_layout
 from ckpt.pieces import cut, groups
 from ckpt.reading import Reader, Want, newest, verify
-from ckpt.retention import Rules, collect
 from ckpt.store import MissingError, Store, StoreError
 from diloco.checkpointing import CkptConfig
 from diloco.config import ModelConfig
 from diloco.errors import ConfigError
-from diloco.fold import State, counters
+from diloco.fold import State
 from diloco.inner import Inner
 from diloco.journal import Journal, entries_of
 from diloco.lineage import belongs, on_path, path_of, rounds_after
@@ -81,15 +78,6 @@ class Checkpoints:
             **({"started": started} if started else {}),
         }
         return self._save(f"{self.root}/0", "r", body, _global_pieces(planes))
-
-    def save(self, planes: Planes, state: State, member: str) -> str:
-        """The state after entry `state.seq`: every fragment's planes are those of `state`."""
-        entry = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
-        entry["origin"] = state.checkpoint  # where the run goes back to, for who removes checkpoints
-        body = {**entry, **self.what}
-        prefix = self._save(f"{self.root}/{state.seq}", f"{member}-r", body, _global_pieces(planes))
-        self._prune(self.root)
-        return prefix
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Manifests that load, newest first; a damaged one is reported and passed over. Rank 0 asks."""
@@ -165,20 +153,6 @@ class Checkpoints:
 
     # A region's own: local parameters, AdamW's moments, error-feedback residual, and where its steps stand
 
-    def save_own(self, name: str, state: State, inner: Inner, planes: Planes, progress: dict[str, Any]) -> None:
-        """progress: the trainer's own counters (JSON)."""
-        body = {"seq": state.seq, "hash": state.hash, "progress": progress}
-        root = f"{self.own_root}/{name}"
-        self._save(f"{root}/{state.seq}", "r", body, self._own_pieces(inner, planes))
-        self._prune(root)
-
-    def _own_pieces(self, inner: Inner, planes: Planes) -> Iterator[Piece]:
-        for plane, select in _selections(inner).items():
-            for f in range(len(self.shards.fragments)):
-                yield from cut(plane, f, *self.shards.span(f), self.shards.read(f, select))
-        for f, residual in enumerate(planes.residual or []):
-            yield from cut(RESIDUAL, f, *self.shards.span(f), residual)
-
     def own(self, name: str) -> Iterator[dict[str, Any]]:
         """Manifests of the region's own planes that load, newest first. Rank 0 asks."""
         return newest(self.store, f"{self.own_root}/{name}", _report)
@@ -188,7 +162,7 @@ class Checkpoints:
         moments alone. Collective: raises DamagedError on all ranks, and StoreError; some of it has been written then."""
         reader, prefix = Reader(self.store, manifest), manifest["prefix"]
         inner.materialise()
-        for plane, select in _selections(inner).items():
+        for plane, select in selections(inner).items():
             for f in range(len(self.shards.fragments)):
                 if plane in MOMENTS or not moments_only:
                     span = self.shards.span(f)
@@ -212,20 +186,6 @@ class Checkpoints:
         for a, b in spans(self.store, f"{self.bits_root}/{attempt}"):
             at = max(at, b) if a <= at else at
         return at >= blocks
-
-    def drop_bits(self, stored: dict[int, str]) -> dict[int, str]:
-        """Deletes the bits of rounds that every kept checkpoint includes. stored: seq -> attempt. Returns the rest."""
-        with _left_for_later():
-            # Not of the few that stay for longer: a run that falls back to one of those goes on from there.
-            oldest = min(self._numbers(self.root)[1:][-self.keep.keep :], default=0)
-            for seq in [seq for seq in stored if seq <= oldest]:
-                for key in self._bits(stored[seq]):
-                    self.store.delete(key)
-            return {seq: attempt for seq, attempt in stored.items() if seq > oldest}
-        return stored
-
-    def _bits(self, attempt: str) -> list[str]:
-        return self.store.list(f"{self.bits_root}/{attempt}/")
 
     def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: Iterator[Piece]) -> str:
         """Raises StoreError on every rank if any of them failed."""
@@ -251,23 +211,6 @@ class Checkpoints:
         if failures := [failure for _, failure in said if failure]:
             raise StoreError(failures[0])
         return [records for records, _ in said]
-
-    def _numbers(self, root: str) -> list[int]:
-        keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
-        return sorted(int(key.split("/")[-2]) for key in keys)
-
-    def _prune(self, root: str) -> None:
-        """In the background, for it may take long; not if the last one still does."""
-        if self.region.rank != 0 or any(each.name == f"gc {root}" for each in threading.enumerate()):
-            return
-        # What is marked by its rounds are the run's own checkpoints.
-        rules = Rules(self.keep.keep, self.keep.keep_every if root == self.root else 0, self.keep.grace)
-
-        def prune() -> None:
-            with _left_for_later():
-                collect(self.store, root, rules)
-
-        threading.Thread(target=prune, name=f"gc {root}", daemon=True).start()
 
 
 def _tried(read: Callable[[], T]) -> tuple[tuple[T] | None, tuple[str, str]]:
@@ -337,15 +280,6 @@ def none_whole(url: str) -> str:
     return f"run.store={url} has no checkpoint that is whole: restore one, or set run.dir to a new directory"
 
 
-@contextmanager
-def _left_for_later() -> Iterator[None]:
-    """What a clean-up leaves behind, the next one finds."""
-    try:
-        yield
-    except StoreError as error:
-        print(f"clean-up: {error}; left for the next one", flush=True)
-
-
 def moment(inner: Inner, name: str) -> Select:
     """One of `MOMENTS`."""
 
@@ -356,7 +290,7 @@ def moment(inner: Inner, name: str) -> Select:
     return select
 
 
-def _selections(inner: Inner) -> dict[str, Select]:
+def selections(inner: Inner) -> dict[str, Select]:
     return {"x": lambda parameter: parameter, **{name: moment(inner, name) for name in MOMENTS}}
 
 

@@ -25,6 +25,7 @@ from diloco.journal import Journal
 from diloco.parallel import on_rank_0
 from diloco.resetting import resume_samples
 from diloco.restoring import restore
+from diloco.saving import Saver
 from diloco.starting import check_start, start
 from diloco.trainer import Links, Trainer
 from elastic import recovery
@@ -232,7 +233,9 @@ def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) 
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = _checkpoints(trainer, store, state.run)
-    trainer.links = Links(member, node, exchanger, store, checkpoints)
+    saver = Saver(checkpoints, trainer.planes, trainer.inner, member, cfg.region.name)
+    stack.callback(saver.close)
+    trainer.links = Links(member, node, exchanger, store, checkpoints, saver)
     answer = exchanger.open(_setup(trainer).message())
     if "error" in answer:
         raise _no_gateway(cfg, answer["error"])

@@ -158,9 +158,10 @@ class Reporter:
         self.metrics.record(record)
         print(eval_line(record), flush=True)
 
-    def saved(self, prefix: str, seq: int) -> None:
+    def saved(self, prefix: str, seq: int, **numbers: Any) -> None:
+        """numbers: `seconds` since it was handed over, `bytes` that rank 0 has uploaded and what that `took`, in seconds."""
         if self.metrics is not None:
-            self.metrics.write("checkpoint", prefix=prefix, seq=seq)
+            self.metrics.write("checkpoint", prefix=prefix, seq=seq, **numbers)
 
     def not_saved(self, seq: int, reason: str) -> None:
         if self.metrics is not None:
