@@ -44,14 +44,8 @@ def source(cfg: CkptConfig) -> str:
 
 def validate(cfg: CkptConfig) -> None:
     """Raises ConfigError for what cannot work; opens nothing."""
-    if (url := source(cfg)) and "/" not in url:
-        raise ConfigError(f"ckpt.resume={url} is not known: set it to auto, never or the URL[@ENTRY] of a checkpoint")
-    try:
-        named(url or "/")
-    except StoreError as error:
-        raise ConfigError(
-            f"ckpt.resume={url} cannot be used ({error}): set it to a directory or an fsspec URL such as s3://bucket/run"
-        ) from error
+    if url := source(cfg):
+        _validate_source(url)
     if cfg.every < 1 or cfg.keep < 1:
         raise ConfigError(f"ckpt.every={cfg.every} and ckpt.keep={cfg.keep} must be at least 1: raise them")
     if cfg.keep_every < 0 or cfg.grace < 0:
@@ -65,3 +59,14 @@ def validate(cfg: CkptConfig) -> None:
         raise ConfigError(
             f"ckpt.lost_wait={cfg.lost_wait} is too short for who has the bits to say so: set it to at least 5 seconds"
         )
+
+
+def _validate_source(url: str) -> None:
+    if "/" not in url:
+        raise ConfigError(f"ckpt.resume={url} is not known: set it to auto, never or the URL[@ENTRY] of a checkpoint")
+    try:
+        named(url)
+    except StoreError as error:
+        raise ConfigError(
+            f"ckpt.resume={url} cannot be used ({error}): set it to a directory or an fsspec URL such as s3://bucket/run"
+        ) from error

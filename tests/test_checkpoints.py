@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ckpt import pieces
-from ckpt.checkpoint import load_manifest
+from ckpt.checkpoint import DamagedError, load_manifest
 from ckpt.reading import read_range
-from ckpt.store import Store
+from ckpt.store import Store, StoreError
+from diloco import checkpoints
 from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import ModelConfig
@@ -121,3 +123,52 @@ def test_residuals_come_back_with_the_local_parameters(tmp_path: Path, there: in
         assert not residual.any() or torch.equal(residual, saved.planes.residual[f])  # type: ignore[index]
     assert torch.equal(loaded.shards.read(0), saved.shards.read(0)) == bool(exact)
     assert loaded.inner.updates == 3
+
+
+def first_saved(store: Store) -> tuple[OneRank, OneRank, dict[str, Any]]:
+    saved, loaded = OneRank(store, False), OneRank(store, False)
+    for f, fragment in enumerate(saved.shards.fragments):
+        saved.planes.load(f, 0, torch.randn(fragment.elements), torch.randn(fragment.elements))
+    saved.points.save_first(saved.planes)
+    return saved, loaded, next(loaded.points.candidates())
+
+
+def test_an_outage_is_waited_for_and_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path))
+    saved, loaded, manifest = first_saved(store)
+    monkeypatch.setattr(checkpoints, "AGAIN", 0.01)
+    real, away = store.read_into, [StoreError("the store is away")] * 2
+
+    def sometimes(key: str, start: int, out: memoryview) -> int:
+        if away:
+            raise away.pop()
+        return real(key, start, out)
+
+    monkeypatch.setattr(store, "read_into", sometimes)
+    loaded.points.load(manifest, loaded.planes)
+    assert capsys.readouterr().out.count("the store is away; trying again") == 2
+    for name in ("theta", "momentum"):
+        for ours, theirs in zip(getattr(saved.planes, name), getattr(loaded.planes, name), strict=True):
+            assert torch.equal(ours, theirs)
+    monkeypatch.setattr(checkpoints, "OUTAGE", 0.0)
+    away.append(StoreError("the store is away"))
+    with pytest.raises(StoreError, match="away"):
+        loaded.points.load(manifest, loaded.planes)
+    assert not loaded.points.damaged and loaded.planes.bases == [-1, -1]
+    assert next(loaded.points.candidates()) == manifest
+
+
+def test_a_damaged_checkpoint_is_not_taken_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    _, loaded, manifest = first_saved(store)
+    key = f"{manifest['prefix']}/{manifest['shards'][0]['name']}.safetensors"
+    store.write(key, store.read(key)[:-1] + b"!")
+    with pytest.raises(DamagedError, match=key):
+        loaded.points.load(manifest, loaded.planes)
+    assert loaded.planes.bases == [-1, -1] and loaded.points.damaged == {manifest["prefix"]}
+    entries = Log(opening(fragments=2)).entries
+    assert not list(loaded.points.on_the_way([manifest], entries))
+    loaded.points.damaged.clear()
+    assert list(loaded.points.on_the_way([manifest], entries)) == [manifest]

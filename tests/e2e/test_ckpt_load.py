@@ -58,13 +58,11 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_run_starts_from_an_import(cluster: Cluster, imported: str) -> None:
     """Two ranks: the parameters of the first round are the import's, and so is the loss of the first step."""
-    one = cluster.start("eu", *BASE, f"ckpt.resume={imported}", "run.report_every=1", nproc=2)
-    cluster.until(lambda: cluster.rounds() >= 1)
-    two = cluster.start("us", *BASE, f"ckpt.resume={imported}")  # it names the same, and so it may join
+    region = cluster.start("eu", *BASE, f"ckpt.resume={imported}", "run.report_every=1", nproc=2)
     cluster.finish()
     store = Store(imported)
     manifest = load_manifest(store, "checkpoints/import/0")
-    assert "a new run with the parameters and outer momentum of" in one.text() and "a new run" not in two.text()
+    assert "a new run with the parameters and outer momentum of" in region.text()
     theta = Theta(store, manifest)
     flat = torch.cat([block for name in theta.slots for block in theta.blocks(name)])
     assert rounds(cluster)[0]["theta"] == digest(block_digests(flat, Fragment.block))
@@ -76,6 +74,15 @@ def test_a_run_starts_from_an_import(cluster: Cluster, imported: str) -> None:
     expected = next_token_loss(model, tokens)[1].item()
     step = min(cluster.records("eu", "step"), key=lambda record: record["step"])
     assert abs(step["loss"] - expected) < 1e-4, (step, expected)
+
+
+def test_all_regions_of_a_run_name_what_it_starts_from(cluster: Cluster, imported: str) -> None:
+    """One of them opens it, the other joins, though the journal is there by then."""
+    for name in ("eu", "us"):
+        cluster.start(name, *BASE, f"ckpt.resume={imported}", "elastic.start_regions=2")
+    cluster.finish()
+    assert len(rounds(cluster)[-1]["answers"]) == 2
+    assert first(cluster)["started"]["named"] == imported
 
 
 def test_a_run_starts_from_another_one_and_refuses_others(cluster: Cluster, imported: str, tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_a_run_starts_from_another_one_and_refuses_others(cluster: Cluster, impo
 
 REFUSED = {
     r"model\.args\.rope_theta is 500000\.0 there and 10000 here: set model\.args\.rope_theta": [
-        "model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn: 128, tied: true, rope_theta: 10000}"
+        "+model.args.rope_theta=10000"
     ],
     r"model\.args\.ffn is 128 there and 192 here": [
         "model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn: 192, tied: true}"
