@@ -20,6 +20,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
+import pytest
+
+from tests.s3_server import Server, new_server
+
 CHUNK = 64 << 10
 CODES = {403: "InvalidAccessKeyId", 500: "InternalError", 503: "SlowDown", 507: "InsufficientStorage"}
 """Status -> S3's code for it; any other one is InternalError."""
@@ -310,3 +314,21 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     with suppress(OSError, AttributeError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+@pytest.fixture(scope="module")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a module's own, which may be killed and started again."""
+    found = new_server(tmp_path_factory.mktemp("weed"))
+    try:
+        found.start()
+        yield found
+    finally:
+        found.kill()
+
+
+@pytest.fixture(scope="module")
+def proxy(weed: Server) -> Iterator[Proxy]:
+    """In front of `weed`."""
+    with Proxy(weed.port) as running:
+        yield running

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,11 @@ from ckpt.reading import Reader, verify
 from ckpt.s3 import SWITCH
 from ckpt.store import Store, StoreError
 from tests.s3_proxy import Proxy, Rule
-from tests.s3_server import BUCKET, Server, new_server
+from tests.s3_server import BUCKET, Server
 
 REPO = Path(__file__).resolve().parents[1]
 BIG = os.urandom(6 << 20)
 """Several of the proxy's chunks and of the client's reads."""
-
-
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of one's own, which may be killed."""
-    found = new_server(tmp_path_factory.mktemp("weed"))
-    try:
-        found.start()
-        yield found
-    finally:
-        found.kill()
-
-
-@pytest.fixture(scope="module")
-def proxy(weed: Server) -> Iterator[Proxy]:
-    with Proxy(weed.port) as running:
-        yield running
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ckpt.store import Store
 from diloco.journal import Journal, entry_key
 from tests.e2e.cluster import Cluster, RegionProcess, children, send
 from tests.s3_proxy import Proxy, Rule
-from tests.s3_server import BUCKET, Server, new_server
+from tests.s3_server import BUCKET, Server
 
 BASE = ["outer.sync_every=4", "run.rounds=1000000", "inner.schedule=wsd"]
 
@@ -72,16 +72,6 @@ class Stored:
         send(signal.SIGTERM, asia)
         asia.wait(120)
         return first[0]
-
-
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = new_server(tmp_path_factory.mktemp("weed"))
-    try:
-        found.start()
-        yield found
-    finally:
-        found.kill()
 
 
 @pytest.fixture
