@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class Rank:
 
     def save(self, *attempts: Attempt, seconds: float = 60.0) -> None:
         now = time.monotonic()
-        job = {"id": 1, "since": now, "until": now + seconds, "attempts": [asdict(each) for each in attempts]}
+        job = {"id": 1, "since": now, "until": now + seconds, "attempts": [each.message() for each in attempts]}
         self.uploads.submit({**job, "rules": {}, "bits": {}})
 
     def outcomes(self, seconds: float = 60.0) -> list[dict[str, Any]]:
