@@ -90,7 +90,7 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 53
 
 
-def shard_record(name: str, data: bytes | memoryview, pieces: Sequence[Piece]) -> dict[str, Any]:
+def shard_record(name: str, data: bytes | memoryview, pieces: Sequence[Piece | Span]) -> dict[str, Any]:
     """What the manifest says of this shard. pieces: those of `data`, in its order."""
     view = memoryview(data)
     return {

@@ -20,6 +20,8 @@ from ckpt.format import FORMAT, decode_json, encode_json, field, is_count, is_li
 MODULUS = 1 << 256
 SHARD = 1 << 23
 """Elements of a shard (32 MiB): what an upload holds in memory."""
+STRIP = 128
+"""Blocks in a strip at most."""
 ITEM = 4
 """Bytes of an element."""
 FOLDER = "parts"
@@ -64,26 +66,34 @@ class Attempt:
         """Of this member: one or none."""
         return [i for i, member in enumerate(self.members) if member == self.member]
 
+    def message(self) -> dict[str, Any]:
+        """JSON, for parse_attempt."""
+        return {**vars(self), "held": [vars(held) for held in self.held]}
+
 
 def parse_attempt(value: dict[str, Any]) -> Attempt:
-    """From the JSON of dataclasses.asdict; it comes from our own other half."""
+    """From Attempt.message; it comes from our own other half."""
     held = tuple(Held(**each) for each in value["held"])
     return Attempt(**{**value, "held": held, "members": tuple(value["members"])})
 
 
-def share(blocks: int, index: int, count: int) -> tuple[int, int]:
-    """Blocks [first, last) of the member at `index` of `count`."""
-    return index * blocks // count, (index + 1) * blocks // count
+def strips(blocks: int, index: int, count: int) -> Iterator[tuple[int, int]]:
+    """Blocks [first, last) of the member at `index` of `count`: every count-th strip, so that all ranks of each member have
+    their part of the work, whatever slices of the blocks they hold."""
+    size = max(1, min(STRIP, blocks // (4 * count)))
+    for first in range(index * size, blocks, count * size):
+        yield first, min(first + size, blocks)
 
 
 def portion(attempt: Attempt, index: int) -> Iterator[Held]:
     """What this rank holds of the share at `index`."""
+    count = len(attempt.members)
     for held in attempt.held:
         blocks = -(-held.elements // attempt.block)
-        first, last = (attempt.block * edge for edge in share(blocks, index, len(attempt.members)))
-        start, stop = max(first, held.start), min(last, held.stop)
-        if start < stop:
-            yield held.cut(start, stop)
+        for first, last in strips(blocks, (index + held.fragment) % count, count):
+            start, stop = max(first * attempt.block, held.start), min(last * attempt.block, held.stop)
+            if start < stop:
+                yield held.cut(start, stop)
 
 
 def shards(pieces: Iterator[Held], size: int = SHARD) -> Iterator[tuple[Held, ...]]:

@@ -19,7 +19,7 @@ from typing import Any
 from ckpt import parts
 from ckpt.arena import Arena
 from ckpt.checkpoint import MANIFEST, shard_key
-from ckpt.format import encode_header, shard_record
+from ckpt.format import Span, encode_header, shard_record
 from ckpt.meeting import LateError, Meeting, Outcome, persist
 from ckpt.parts import ITEM, Attempt, Held, Part
 from ckpt.retention import Rules, collect
@@ -45,7 +45,7 @@ class Upload:
     pool: ThreadPoolExecutor
     hashing: ThreadPoolExecutor
     took: float = 0.0
-    bytes: int = 0
+    sent: int = 0
     _totals: Future[dict[str, int]] = field(init=False)
 
     def start(self) -> None:
@@ -65,7 +65,7 @@ class Upload:
         late = persist(lambda: self.store.exists(f"{self.attempt.prefix}/{MANIFEST}"), self.until)
         groups = () if late else parts.shards(parts.portion(self.attempt, index))
         records = tuple(self.pool.map(self._put_shard, groups))
-        self.bytes += sum(record["bytes"] for record in records)
+        self.sent += sum(record["bytes"] for record in records)
         a = self.attempt
         part = Part(a.member, a.rank, a.ranks, a.members, index, records, self._totals.result())
         name, data = parts.encode_part(part)
@@ -76,7 +76,7 @@ class Upload:
         data = b"".join([header, *map(self._bytes, pieces)])
         name = parts.shard_name(self.attempt, pieces)
         self._create(shard_key(self.attempt.prefix, name), data)
-        return shard_record(name, data, pieces)
+        return shard_record(name, data, [Span(p.plane, p.fragment, p.start, p.stop, name) for p in pieces])
 
     def _create(self, key: str, data: bytes) -> None:
         if not persist(lambda: self.store.create(key, data), self.until):
@@ -108,7 +108,7 @@ def run(store: Store, arena: memoryview, job: dict[str, Any]) -> Iterable[dict[s
         ):  # a region's own first: it waits for nobody
             outcome = failed or _met(upload)
             won += [upload.attempt.prefix.rpartition("/")[0]] if outcome.mine else []
-            numbers = {"bytes": upload.bytes, "seconds": time.monotonic() - job["since"], "took": upload.took}
+            numbers = {"bytes": upload.sent, "seconds": time.monotonic() - job["since"], "took": upload.took}
             yield {"id": job["id"], "prefix": upload.attempt.prefix, **vars(outcome), **numbers}
     yield {"id": job["id"], "done": True}
     for root in won:

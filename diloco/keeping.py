@@ -29,6 +29,7 @@ def save(trainer: Trainer, among: Among, wait: bool = False) -> None:
     store that is away costs this checkpoint, not the run: the bits of its rounds stay until a later one is whole. Skipped if
     the one before is still being uploaded; wait: waits for that instead. Collective."""
     saver, state = trainer.links.saver, trainer.state
+    hear(trainer)
     if wait:
         finish(trainer)
     if not saver.free():
@@ -78,6 +79,7 @@ def _stored(trainer: Trainer, answer: dict[str, Any]) -> None:
     if trainer.links.saver.is_common(answer):
         trainer.saved = max(trainer.saved, origin(answer["prefix"]))
         numbers = {key: answer[key] for key in ("mine", "bytes", "seconds", "took")}
+        numbers["blocked"] = trainer.links.saver.blocked  # the next save is not before this is heard of
         trainer.report.saved(answer["prefix"], origin(answer["prefix"]), **numbers)
 
 

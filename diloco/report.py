@@ -159,7 +159,8 @@ class Reporter:
         print(eval_line(record), flush=True)
 
     def saved(self, prefix: str, seq: int, **numbers: Any) -> None:
-        """numbers: `seconds` since it was handed over, `bytes` that rank 0 has uploaded and what that `took`, in seconds."""
+        """numbers, of rank 0: `seconds` since it was handed over, `bytes` that it has uploaded, and the seconds that this `took`
+        and that training was `blocked`."""
         if self.metrics is not None:
             self.metrics.write("checkpoint", prefix=prefix, seq=seq, **numbers)
 

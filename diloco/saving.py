@@ -99,7 +99,7 @@ class Saver:
             "id": state.seq,
             "since": now,
             "until": now + self.cfg.upload_deadline,
-            "attempts": [asdict(attempt) for attempt in attempts],
+            "attempts": [attempt.message() for attempt in attempts],
             "rules": self._rules(),
             "bits": self._bits(stored),
         }

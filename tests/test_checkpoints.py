@@ -23,6 +23,7 @@ from diloco.inner import Inner, InnerConfig
 from diloco.model import build_llama
 from diloco.parallel import Region, layer_of
 from diloco.planes import Planes
+from diloco.saving import Among, Saver
 from diloco.shards import Shards
 from tests.test_journal import Log, opening
 
@@ -114,7 +115,9 @@ def test_residuals_come_back_with_the_local_parameters(tmp_path: Path, there: in
     for residual in saved.planes.residual or []:
         residual.copy_(torch.randn(residual.numel()))
     state = Log(opening(fragments=2)).state
-    saved.points.save_own("eu", state, saved.inner, saved.planes, {"adam": 3})
+    saver = Saver(saved.points, saved.planes, saved.inner, "eu_1", "eu")
+    saver.save(state, Among(()), {"adam": 3}, {})
+    assert saver.uploads.wait(60)
     own = next(loaded.points.own("eu"))
     loaded.points.load_own(own, loaded.inner, loaded.planes, moments_only=not exact)
     assert (loaded.planes.residual is not None) == bool(here)
