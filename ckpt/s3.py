@@ -141,10 +141,6 @@ def _open(bucket: str) -> Any:
         endpoint=endpoint,
         virtual_hosted_style_request=False,
         credential_provider=provide,
-        client_options={
-            "allow_http": endpoint.startswith("http://"),
-            "timeout": "30 minutes",
-            "read_timeout": "60 seconds",
-        },
+        client_options=options,
         retry_config={"max_retries": max(attempts - 1, 0), "retry_timeout": PATIENCE},
     )

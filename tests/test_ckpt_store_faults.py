@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def test_without_a_rule_nothing_changes(store: Store, direct: Store, proxy: Prox
     assert store.create("a/x", BIG) and direct.read("a/x") == BIG
     assert store.read("a/x", 5, 1 << 20) == BIG[5 : 1 << 20] and store.list() == ["a/x"]
     assert proxy.count("PUT") > before
+
+
+@pytest.mark.skipif(find_spec("obstore") is None, reason="s3fs has botocore do it")
+def test_a_bundle_of_certificates_is_used(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Obvious where it is none, even without TLS."""
+    (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    assert isinstance(outcome(lambda: Store(store.url).exists("a")), StoreError)
 
 
 PASSING = {
