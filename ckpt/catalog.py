@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt.checkpoint import MANIFEST, DamagedError, findings, load_manifest
+from ckpt.checkpoint import MANIFEST, DamagedError, load_manifest
 from ckpt.errors import RequestError
 from ckpt.format import FormatError, field, is_count, require
 from ckpt.layout import Theta
+from ckpt.reading import findings
 from ckpt.store import MissingError, Store
 
 ROOT = "checkpoints"

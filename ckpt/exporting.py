@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ckpt import llama
-from ckpt.checkpoint import verify
 from ckpt.errors import RequestError
 from ckpt.format import ITEM, encode_header
 from ckpt.layout import Theta, ThetaDigest
+from ckpt.reading import verify
 from ckpt.store import Store
 
 DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}

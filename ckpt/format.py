@@ -5,7 +5,8 @@ FormatError, whose text is the rest of a sentence that begins with the object: "
 
 A shard is a safetensors file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length,
 a JSON header {name: {dtype, shape, data_offsets}}, then the tensors back to back. Ours are named
-"plane/fragment/start".
+"plane/fragment/start", and lie in the order in which the manifest has them: it alone says where each begins, so that
+nothing of a shard is believed before its digest is known to be right.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a process that only uploads does without
+    from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 OWN_KEYS = ("format", "shards", "digest", "prefix")  # of a manifest; the rest is the caller's body
+CHUNK = 16 << 20  # bytes of an object that have a digest of their own: what a ranged read has to fetch at least
 MAX_MANIFEST = 64 << 20  # bytes
 MAX_HEADER = 64 << 20  # bytes; the safetensors library itself stops at 100 MB
 ITEM = {"F32": 4, "BF16": 2}  # bytes of an element, by safetensors' names
@@ -61,6 +63,17 @@ class Span:
         return f"{self.plane}/{self.fragment}/{self.start}"
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What a manifest says of a shard: its size in bytes, the sha256 (hex) of each CHUNK of the object, header included (the
+    last is shorter), and its pieces with the byte at which each begins, in the order of the file."""
+
+    name: str
+    bytes: int
+    chunks: tuple[str, ...]
+    begins: tuple[tuple[Span, int], ...]
+
+
 def require(fine: bool, otherwise: str) -> None:
     """Raise FormatError(otherwise) unless `fine`."""
     if not fine:
@@ -75,6 +88,18 @@ def is_name(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether this is an integer that JSON carries exactly everywhere, and not a bool."""
     return type(value) is int and 0 <= value < 1 << 53
+
+
+def shard_record(name: str, data: bytes | memoryview, pieces: Sequence[Piece | Span]) -> dict[str, Any]:
+    """What the manifest says of this shard. pieces: those of `data`, in its order."""
+    view = memoryview(data)
+    return {
+        "name": name,
+        "bytes": len(view),
+        "sha256": hashlib.sha256(view).hexdigest(),
+        "chunks": [hashlib.sha256(view[begin : begin + CHUNK]).hexdigest() for begin in range(0, len(view), CHUNK)],
+        "pieces": [{"plane": p.plane, "fragment": p.fragment, "start": p.start, "stop": p.stop} for p in pieces],
+    }
 
 
 def encode_shard(pieces: list[Piece]) -> bytes:
@@ -101,6 +126,8 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
 
 
 def _check_piece(piece: Piece) -> None:
+    import torch
+
     tensor, length = piece.tensor, piece.stop - piece.start
     if not (is_name(piece.plane) and is_count(piece.fragment) and is_count(piece.start)):
         raise ValueError(f"{piece.plane!r}, {piece.fragment!r}, {piece.start!r} name no plane, fragment and start")
@@ -111,7 +138,7 @@ def _check_piece(piece: Piece) -> None:
         )
 
 
-def header_length(head: bytes, size: int) -> int:
+def header_length(head: bytes | bytearray, size: int) -> int:
     """Bytes of the JSON header of a shard of `size` bytes, which begins with `head`, if it can be."""
     require(len(head) >= 8, f"has only {size} bytes")
     length = int.from_bytes(head[:8], "little")
@@ -119,26 +146,21 @@ def header_length(head: bytes, size: int) -> int:
     return length
 
 
-def tensor_offsets(header: bytes, size: int, wanted: dict[str, int]) -> dict[str, int]:
-    """Where each tensor begins in a shard of `size` bytes, counted from the start of the object.
-
-    FormatError unless the header has exactly the tensors `wanted` (name: elements), as fp32, and they fill
-    the rest of the object without overlap or gap.
-    """
+def check_header(header: bytes, shard: Shard) -> None:
+    """FormatError unless the JSON header of a shard says what the manifest does: exactly its tensors, as fp32, where the
+    manifest has them, to the end of the object. Then every safetensors library reads what we do."""
     entries = decode_json(header)
     require(isinstance(entries, dict), "has a header that is not a JSON object")
     entries.pop("__metadata__", None)
-    require(entries.keys() == wanted.keys(), "does not hold the pieces that the manifest says")
-    ranges = sorted((*_data_offsets(name, entries[name], wanted[name]), name) for name in entries)
-    begin, end = 8 + len(header), 0
-    for start, stop, name in ranges:
-        require(start == end, f"has {name} at {start}, but the tensor before it ends at {end}")
-        end = stop
-    require(begin + end == size, f"has {size} bytes, but its tensors end at {begin + end}")
-    return {name: begin + start for start, _, name in ranges}
+    wanted = {span.tensor_name for span, _ in shard.begins}
+    require(entries.keys() == wanted, "does not hold the pieces that the manifest says")
+    for span, begin in shard.begins:
+        start = _data_offset(span.tensor_name, entries[span.tensor_name], span.stop - span.start)
+        there = 8 + len(header) + start
+        require(there == begin, f"has {span.tensor_name} at byte {there}, and not at {begin} as the manifest says")
 
 
-def _data_offsets(name: str, entry: Any, elements: int) -> tuple[int, int]:
+def _data_offset(name: str, entry: Any, elements: int) -> int:
     fits = isinstance(entry, dict) and entry.get("dtype") == "F32" and entry.get("shape") == [elements]
     require(fits, f"does not hold {name} as {elements} fp32 elements")
     offsets = entry.get("data_offsets")
@@ -146,7 +168,7 @@ def _data_offsets(name: str, entry: Any, elements: int) -> tuple[int, int]:
         raise FormatError(f"has no offsets for {name} but {offsets!r:.60}")
     start, stop = offsets
     require(stop - start == 4 * elements, f"has {stop - start} bytes for the {elements} fp32 elements of {name}")
-    return start, stop
+    return int(start)
 
 
 def seal(body: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -202,25 +224,43 @@ def _written_again(manifest: dict[str, Any]) -> tuple[str, bytes]:
 
 def spans_of(manifest: dict[str, Any]) -> list[Span]:
     """All pieces by plane, fragment, start; FormatError for malformed ones, overlaps and gaps."""
-    shards = field(manifest, "shards", is_list, "a body")
-    spans = sorted(span for record in shards for span in _spans_of_shard(record))
-    names = [record["name"] for record in shards]
-    require(len(set(names)) == len(names), "names a shard twice")
+    return _in_order([span for shard in shards_of(manifest) for span, _ in shard.begins])
+
+
+def shards_of(manifest: dict[str, Any]) -> list[Shard]:
+    """All shards; FormatError for malformed ones."""
+    shards = [_shard(record) for record in field(manifest, "shards", is_list, "a body")]
+    require(len({shard.name for shard in shards}) == len(shards), "names a shard twice")
+    return shards
+
+
+def _in_order(spans: list[Span]) -> list[Span]:
     ends: dict[tuple[str, int], int] = {}
-    for span in spans:
+    for span in sorted(spans):
         end = ends.get((span.plane, span.fragment), 0)
         require(span.start >= end, f"has {span.tensor_name} overlapping the piece before it, which ends at {end}")
         require(span.start == end, f"misses elements [{end}, {span.start}) of {span.plane}/{span.fragment}")
         ends[span.plane, span.fragment] = span.stop
-    return spans
+    return sorted(spans)
 
 
-def _spans_of_shard(record: Any) -> list[Span]:
-    """The pieces of one shard's record, after checking every field; keys that are not ours are left alone."""
+def _shard(record: Any) -> Shard:
+    """One shard's record, after checking every field; keys that are not ours are left alone."""
     name = field(record, "name", is_name, "a shard")
-    field(record, "bytes", is_count, f"shard {name}")
-    field(record, "sha256", _is_sha256, f"shard {name}")
-    return [_span(piece, name) for piece in field(record, "pieces", is_list, f"shard {name}")]
+    what = f"shard {name}"
+    size = field(record, "bytes", is_count, what)
+    field(record, "sha256", _is_sha256, what)
+    chunks = field(record, "chunks", is_list, what)
+    require(all(map(_is_sha256, chunks)), f"has {what} with a chunk whose digest is none")
+    require(len(chunks) == -(-size // CHUNK), f"has {what} of {size} bytes with the digests of {len(chunks)} chunks")
+    spans = [_span(piece, name) for piece in field(record, "pieces", is_list, what)]
+    begin = size - sum(4 * (span.stop - span.start) for span in spans)
+    require(8 < begin <= 8 + MAX_HEADER, f"has {what} of {size} bytes, which are not a header and its pieces")
+    begins = []
+    for span in spans:
+        begins.append((span, begin))
+        begin += 4 * (span.stop - span.start)
+    return Shard(name, size, tuple(chunks), tuple(begins))
 
 
 def _span(piece: Any, shard: str) -> Span:

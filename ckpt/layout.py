@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ckpt.checkpoint import MANIFEST, DamagedError, Reader
+from ckpt.checkpoint import MANIFEST, DamagedError
 from ckpt.format import FormatError, field, is_count, is_list, require, spans_of
+from ckpt.reading import Reader
 from ckpt.store import Store
 
 THETA = "theta"
@@ -88,7 +89,7 @@ def _is_shape(value: Any) -> bool:
 
 
 class Theta:
-    """θ of a checkpoint by parameter. Contents are not hashed: verify first."""
+    """θ of a checkpoint by parameter; what is read is verified."""
 
     def __init__(self, store: Store, manifest: dict[str, Any]):
         """`manifest` is from load_manifest; DamagedError if its layout is missing or malformed."""

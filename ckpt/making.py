@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ckpt.catalog import ROOT, Named, one, prefixes
-from ckpt.checkpoint import Piece, commit_manifest, save_shard, verify
+from ckpt.checkpoint import Piece, commit_manifest, save_shard
 from ckpt.errors import RequestError
 from ckpt.layout import Slot, Theta, ThetaDigest, encode_layout, runs
 from ckpt.pieces import cut, groups
+from ckpt.reading import verify
 from ckpt.store import Store
 
 REPORT = 16

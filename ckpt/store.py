@@ -8,26 +8,26 @@ by `os.link` (a plain `open("xb")` shows an empty file, and a kill there leaves 
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-TEMPORARY = ".tmp"  # folder of a directory store for files that are not complete yet; never listed or a key
-STALE_SECONDS = 24 * 3600.0  # a temporary file untouched for so long belongs to a killed process
+from ckpt import s3
+from ckpt.files import ABSENT, TEMPORARY, Files
+from ckpt.remote import Remote
+
 CREATE_TRIES = 3
 PROBES = 4  # creators that race in `prove`
 
 _PART = re.compile(r"[A-Za-z0-9_.=+@-]{1,255}")
 _LOST_SLASH = re.compile(r"[a-z][a-z0-9+.-]*:/(?!/)")  # s3:/bucket would be a directory named 's3:'
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class StoreError(OSError):
@@ -49,7 +49,10 @@ def check_key(key: str) -> str:
     return key
 
 
-class _Backend(Protocol):
+Buffer = bytes | memoryview
+
+
+class Backend(Protocol):
     """What differs between stores. Absent keys raise FileNotFoundError, other failures whatever they are."""
 
     def create(self, key: str, data: bytes) -> None:
@@ -58,7 +61,7 @@ class _Backend(Protocol):
 
     def write(self, key: str, data: bytes) -> None: ...
 
-    def read(self, key: str, start: int, stop: int | None) -> bytes: ...
+    def read(self, key: str, start: int, stop: int | None) -> Buffer: ...
 
     def size(self, key: str) -> int: ...
 
@@ -66,6 +69,10 @@ class _Backend(Protocol):
 
     def find(self, folder: str) -> Iterator[str]:
         """All keys under the folder ('' is the whole store), in any order."""
+        ...
+
+    def modified(self, folder: str) -> Iterator[tuple[str, float]]:
+        """As find, with the second at which the store says that the object was written."""
         ...
 
     def sweep(self) -> None:
@@ -122,16 +129,26 @@ class Store:
         first = start or 0
         if first < 0 or (stop is not None and stop < first):
             raise ValueError(f"[{start}, {stop}) is not a range of bytes")
+        return bytes(self._read(key, first, stop))
+
+    def _read(self, key: str, first: int, stop: int | None) -> Buffer:
         with self._errors("read", check_key(key)):
             if first == stop:
                 return b""
             try:
                 return self._backend.read(key, first, stop)
-            except OSError:
+            except Exception:
                 # S3 answers a range that begins beyond the end by an error (416).
                 if first and self._backend.size(key) <= first:
                     return b""
                 raise
+
+    def read_into(self, key: str, start: int, out: memoryview) -> int:
+        """Bytes of an object from `start` on, into all of `out`; how many there were, fewer where it ends before. MissingError
+        if there is none."""
+        data = memoryview(self._read(key, start, start + len(out)))
+        out[: len(data)] = data
+        return len(data)
 
     def size(self, key: str) -> int:
         """Bytes of an object; raise MissingError if there is none."""
@@ -154,8 +171,24 @@ class Store:
         with self._errors("list", folder or "it"):
             try:
                 return sorted(key for key in self._backend.find(folder) if _is_key(key))
-            except _ABSENT:
+            except ABSENT:
                 return []
+
+    def ages(self, folder: str) -> dict[str, float]:
+        """All keys in the folder and below, and how many seconds ago each was written, by the store's own clock: the object
+        that is written to read that is at least as young as all others."""
+        probe = f"probe/{uuid.uuid4().hex}"
+        self.write(probe, b"")
+        try:
+            with self._errors("list", probe):
+                now = dict(self._backend.modified("probe"))[probe]
+        finally:
+            self.delete(probe)
+        with self._errors("list", check_key(folder)):
+            try:
+                return {key: now - when for key, when in self._backend.modified(folder) if _is_key(key)}
+            except ABSENT:
+                return {}
 
     def write(self, key: str, data: bytes) -> None:
         """Create or replace an object at once; the last writer wins."""
@@ -200,13 +233,13 @@ class Store:
             yield
         except StoreError:
             raise
-        except _ABSENT as error:
+        except ABSENT as error:
             raise MissingError(f"{self.url}: cannot {verb} {key}: there is none ({_brief(error)})") from error
         except Exception as error:  # clients raise their own families of errors: botocore's are no OSError
             raise StoreError(f"{self.url}: cannot {verb} {key}: {_brief(error)}") from error
 
 
-def _open(url: str) -> tuple[_Backend, str]:
+def _open(url: str) -> tuple[Backend, str]:
     if not url or "::" in url or _LOST_SLASH.match(url):
         raise StoreError(f"{url!r} is not a store: give a directory or one fsspec URL such as s3://bucket/run")
     try:
@@ -215,10 +248,10 @@ def _open(url: str) -> tuple[_Backend, str]:
     except (ValueError, ImportError, OSError) as error:
         raise StoreError(f"{url!r} is not a store: {_brief(error)}") from error
     if isinstance(fs, LocalFileSystem):
-        return _Files(root), root
+        return Files(root), root
     if not root.strip("/"):
         raise StoreError(f"{url!r} is not a store: name the bucket or the folder, as in s3://bucket/run")
-    return _Remote(fs, root), url.rstrip("/")
+    return s3.backend(url, root) or Remote(fs, root), url.rstrip("/")
 
 
 def _is_key(key: str) -> bool:
@@ -231,137 +264,3 @@ def _is_key(key: str) -> bool:
 
 def _brief(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-class _Files:
-    """A directory, local or shared (NFS): complete files only, made in `.tmp` and linked or renamed."""
-
-    def __init__(self, root: str):
-        self.root = root
-
-    def create(self, key: str, data: bytes) -> None:
-        self._place(key, data, os.link)
-
-    def write(self, key: str, data: bytes) -> None:
-        self._place(key, data, os.replace)
-
-    def _place(self, key: str, data: bytes, place: Callable[[str, str], None]) -> None:
-        path = self._path(key)
-        temporary = self._path(TEMPORARY, f"{os.getpid()}-{uuid.uuid4().hex}")
-        _make_folder(os.path.dirname(temporary))
-        _make_folder(os.path.dirname(path))
-        try:
-            _write_through(temporary, data)
-            place(temporary, path)
-        finally:
-            _unlink(temporary)
-        _sync_folder(os.path.dirname(path))
-
-    def read(self, key: str, start: int, stop: int | None) -> bytes:
-        with open(self._path(key), "rb") as file:
-            size = os.fstat(file.fileno()).st_size  # bounds what `read` allocates
-            file.seek(start)
-            return file.read(max(0, (size if stop is None else min(stop, size)) - start))
-
-    def size(self, key: str) -> int:
-        if not os.path.isfile(self._path(key)):
-            raise FileNotFoundError(key)
-        return os.path.getsize(self._path(key))
-
-    def delete(self, key: str) -> None:
-        os.unlink(self._path(key))
-
-    def find(self, folder: str) -> Iterator[str]:
-        for parent, _, names in os.walk(self._path(folder), onerror=_raise_unless_absent):
-            for name in names:
-                yield os.path.relpath(os.path.join(parent, name), self.root)
-
-    def sweep(self) -> None:
-        folder = self._path(TEMPORARY)
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            with suppress(FileNotFoundError):  # its process finished, or somebody else sweeps
-                if time.time() - os.path.getmtime(path) > STALE_SECONDS:
-                    os.unlink(path)
-
-    def _path(self, *parts: str) -> str:
-        return os.path.join(self.root, *parts)
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    """`os.walk` hides errors: an unreadable folder must not look empty; one that is being removed may."""
-    if not isinstance(error, _ABSENT):
-        raise error
-
-
-def _write_through(path: str, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _make_folder(path: str) -> None:
-    """Make a folder and its parents, each entry durable in its own parent."""
-    if os.path.isdir(path):
-        return
-    _make_folder(os.path.dirname(path))
-    os.makedirs(path, exist_ok=True)
-    _sync_folder(os.path.dirname(path))
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _unlink(path: str) -> None:
-    with suppress(FileNotFoundError):  # os.replace has moved it
-        os.unlink(path)
-
-
-class _Remote:
-    """Any other fsspec filesystem.
-
-    For create, s3fs sends If-None-Match: * with the PUT, and from 100 MiB with CompleteMultipartUpload.
-    """
-
-    def __init__(self, fs: Any, root: str):
-        self.fs = fs
-        self.root = root.rstrip("/")
-
-    def create(self, key: str, data: bytes) -> None:
-        self.fs.pipe_file(self._path(key), data, mode="create")
-
-    def write(self, key: str, data: bytes) -> None:
-        self.fs.pipe_file(self._path(key), data)
-
-    def read(self, key: str, start: int, stop: int | None) -> bytes:
-        if start == 0 and stop is None:
-            return bytes(self.fs.cat_file(self._path(key)))
-        return bytes(self.fs.cat_file(self._path(key), start=start, end=stop))
-
-    def size(self, key: str) -> int:
-        info = self.fs.info(self._path(key))
-        if info["type"] != "file":
-            raise FileNotFoundError(key)
-        return int(info["size"])
-
-    def delete(self, key: str) -> None:
-        self.fs.rm_file(self._path(key))
-
-    def find(self, folder: str) -> Iterator[str]:
-        inside = f"{self._path(folder)}/"
-        for path in self.fs.find(inside.rstrip("/")):
-            # s3fs names an empty folder, or a file of this name, as its own content.
-            if path.startswith(inside):
-                yield path.removeprefix(f"{self.root}/")
-
-    def sweep(self) -> None:
-        pass
-
-    def _path(self, key: str) -> str:
-        return f"{self.root}/{key}".rstrip("/")

@@ -7,8 +7,8 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 
-from ckpt import exporting, importing, making
-from ckpt.catalog import Facts, Named, damages, facts, named, one, open_store, some
+from ckpt import exporting, importing, making, retention
+from ckpt.catalog import ROOT, Facts, Named, damages, facts, named, one, open_store, some
 from ckpt.checkpoint import DamagedError, load_manifest
 from ckpt.errors import RequestError
 from ckpt.layout import Theta
@@ -18,11 +18,22 @@ VERBS = {
     "show": "URL[@ENTRY]: what a checkpoint says of itself, and its layout",
     "verify": "URL[@ENTRY]: reads every byte of one or all",
     "export": "URL[@ENTRY] --format hf OUT [--dtype fp32|bf16]: a folder for transformers' LlamaForCausalLM",
+    "gc": "URL [--keep 3] [--keep-every 0] [--grace 900] [--dry-run]: removes what ckpt.keep, ckpt.keep_every and ckpt.grace "
+    "leave of its checkpoints",
+    "pin": "URL[@ENTRY]: gc and training leave this one",
+    "unpin": "URL@ENTRY: undoes it",
     "average": "URL@ENTRY URL@ENTRY ... [--weights A,B,...] OUT: a checkpoint with the weighted mean of their θ",
     "import": "HF_FOLDER OUT: a checkpoint from a folder of a LlamaForCausalLM",
 }
 """Verb -> what follows it."""
-OPTIONS = {"export": {"--format", "--dtype"}, "average": {"--weights"}}
+OPTIONS = {
+    "export": {"--format", "--dtype"},
+    "average": {"--weights"},
+    "gc": {"--keep", "--keep-every", "--grace", "--dry-run"},
+}
+GC_DEFAULTS = {"--keep": "3", "--keep-every": "0", "--grace": "900"}
+FLAGS = {"--dry-run"}
+"""Options without a value."""
 
 
 def usage() -> str:
@@ -37,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         print(usage(), file=sys.stderr)
         return 2
     verbs = {"ls": _ls, "show": _show, "verify": _verify, "export": _export, "average": _average, "import": _import}
+    verbs |= {"gc": _gc, "pin": _pin, "unpin": _unpin}
     try:
         return verbs[argv[0]](*split(argv[0], argv[1:]))
     except (RequestError, OSError) as error:
@@ -56,6 +68,10 @@ def split(verb: str, rest: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             places.append(word)
         elif key not in OPTIONS.get(verb, ()):
             raise RequestError(f"{word} is not known here: {verb} {VERBS[verb]}")
+        elif key in FLAGS:
+            if equals:
+                raise RequestError(f"{word} has a value, and {key} takes none: {verb} {VERBS[verb]}")
+            options[key] = ""
         elif not (value := value if equals else next(words, "")):
             raise RequestError(f"{key} has no value: {verb} {VERBS[verb]}")
         else:
@@ -79,9 +95,11 @@ def _ls(places: list[str], options: dict[str, str]) -> int:
     what = named(*_exactly("ls", places, 1))
     there, damaged = some(what), 0
     print(f"{'run':<18} {'entry':>7} {'rounds':>7} {'tokens':>17} {'size':>14} {'shards':>7}")
+    pins = retention.pinned(what.store)
     for prefix, _, _ in there:
         try:
-            print(_line(facts(what.store, load_manifest(what.store, prefix))), flush=True)
+            line = _line(facts(what.store, load_manifest(what.store, prefix)))
+            print(f"{line} · pinned" if prefix in pins else line, flush=True)
         except DamagedError as error:
             print(f"damaged: {error}", flush=True)
             damaged += 1
@@ -118,6 +136,52 @@ def _verify(places: list[str], options: dict[str, str]) -> int:
         print("\n".join([f"damaged: {each}" for each in sentences] or [f"{prefix} · all right"]), flush=True)
     print(f"looked at {looked} checkpoint(s) · {f'{wrong} damaged or missing' if wrong else 'all right'}")
     return 1 if wrong else 0
+
+
+def _gc(places: list[str], options: dict[str, str]) -> int:
+    what = named(*_exactly("gc", places, 1))
+    if what.entry is not None:
+        raise RequestError(f"URL={what.text} is one checkpoint: name the store, and pin what is to stay")
+    some(what)
+    keep, every, grace = (
+        _number(options, key, least) for key, least in (("--keep", 1), ("--keep-every", 0), ("--grace", 0))
+    )
+    dry, removed, left = "--dry-run" in options, 0, 0
+    for root in retention.roots(what.store):
+        gone = retention.collect(what.store, root, retention.Rules(keep, every, grace), dry)
+        verb = "would be removed" if dry else "removed"
+        for prefix in gone.checkpoints:
+            print(f"{prefix} · {verb}; its shards when that is {grace} s old", flush=True)
+        for key in gone.objects:
+            print(f"{key} · {verb}", flush=True)
+        removed, left = removed + len(gone.checkpoints), left + len(gone.objects)
+    print(f"{removed} checkpoint(s) and {left} object(s) without one · {'would be removed' if dry else 'removed'}")
+    return 0
+
+
+def _number(options: dict[str, str], key: str, least: int) -> int:
+    text = options.get(key, GC_DEFAULTS[key])
+    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) >= least):
+        raise RequestError(f"{key}={text} is not a whole number of at least {least}: gc {VERBS['gc']}")
+    return int(text)
+
+
+def _pin(places: list[str], options: dict[str, str]) -> int:
+    what = named(*_exactly("pin", places, 1))
+    prefix = one(what)["prefix"]
+    retention.pin(what.store, prefix)
+    return _say([f"{prefix} · pinned"])
+
+
+def _unpin(places: list[str], options: dict[str, str]) -> int:
+    what = _with_entry(*_exactly("unpin", places, 1))
+    prefix = f"{ROOT}/{what.run}/{what.entry}" if what.run else one(what)["prefix"]
+    if prefix not in retention.pinned(what.store):
+        raise RequestError(
+            f"URL={what.text} is not pinned: {', '.join(sorted(retention.pinned(what.store))) or 'none'} is"
+        )
+    retention.unpin(what.store, prefix)
+    return _say([f"{prefix} · not pinned any more"])
 
 
 def _export(places: list[str], options: dict[str, str]) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ckpt.checkpoint import DamagedError, Reader, load_manifest, verify
+from ckpt.checkpoint import DamagedError, load_manifest
+from ckpt.reading import Reader, verify
 from ckpt.store import MissingError, Store
 from diloco.averaging import Averaging
 from diloco.codec import CODECS

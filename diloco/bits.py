@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ckpt.checkpoint import DamagedError, verify
+from ckpt.checkpoint import DamagedError
+from ckpt.reading import verify
 from ckpt.store import StoreError
-from diloco.checkpoints import MOMENTS, go_back, save_bits
+from diloco.checkpoints import MOMENTS, go_back, save_bits, without_bits
 from diloco.fetching import Fetch
 from diloco.fold import State
 from diloco.fragments import digest
 from diloco.journal import Journal, say
+from diloco.keeping import alone, save
 from diloco.losing import Search
 from diloco.merging import progress, rebase
 from diloco.parallel import on_rank_0
@@ -70,7 +72,7 @@ def _verdict(trainer: Trainer, search: Search, journal: Journal, fragment: int) 
         if move == "lost":
             say(journal, {"kind": "lost", "round": search.round, "member": links.member})
         elif move == "rewind":
-            go_back(links.member, links.checkpoints, journal, search.round)
+            go_back(links.member, links.checkpoints, journal, "lost", without_bits(search.round))
     except StoreError as error:
         print(f"{links.member}: {error}; trying again", flush=True)
         move = "wait"
@@ -153,7 +155,7 @@ def answer_lost(trainer: Trainer, seq: int) -> None:
         if trainer.in_step and not trainer.behind:
             if trainer.region.rank == 0:
                 _have(trainer, seq)
-            trainer.save(mine=True)
+            save(trainer, alone(trainer), wait=True)
         return
 
     def upload() -> None:

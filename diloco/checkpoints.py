@@ -4,51 +4,61 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ckpt.checkpoint import DamagedError, Piece, Reader, commit_manifest, load_manifest, newest, save_shard, verify
+from ckpt.checkpoint import DamagedError, Piece, commit_manifest, load_manifest, save_shard
 from ckpt.layout import encode_layout
 from ckpt.pieces import cut, groups
-from ckpt.store import Store, StoreError
+from ckpt.reading import Reader, Want, newest, verify
+from ckpt.store import MissingError, Store, StoreError
+from diloco.checkpointing import CkptConfig
 from diloco.config import ModelConfig
 from diloco.errors import ConfigError
-from diloco.fold import State, counters
+from diloco.fold import State
 from diloco.inner import Inner
 from diloco.journal import Journal, entries_of
-from diloco.lineage import belongs, on_path, origin, path_of, rounds_after
-from diloco.parallel import Region
+from diloco.lineage import belongs, on_path, path_of, rounds_after
+from diloco.parallel import Region, on_rank_0
 from diloco.planes import Planes
 from diloco.shards import Select, Shards
 from diloco.slices import load_slices, spans
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RESIDUAL = "residual"
+OUTAGE = 120.0
+"""Seconds that a load waits for a store that does not answer."""
+AGAIN = 1.0
+"""Seconds between two tries then."""
+T = TypeVar("T")
 
 
 class Checkpoints:
     """The checkpoints of one run, as one rank of one region sees them. All methods but the queries are collective."""
 
     def __init__(
-        self, store: Store, run: str, region: Region, shards: Shards, keep: int, model: dict[str, Any]
+        self, store: Store, run: str, region: Region, shards: Shards, keep: CkptConfig, model: dict[str, Any]
     ) -> None:
-        """model: what `describe` says of it."""
+        """keep: what is kept. model: what `describe` says of it."""
         self.store, self.region, self.shards, self.keep = store, region, shards, keep
         layout = encode_layout([[(slot.name, slot.shape) for slot in f.slots] for f in shards.fragments])
         self.what = {"model": model, "layout": layout}
         """In every global checkpoint, so that it can be exported without this code."""
         self.root = f"checkpoints/{run}"
+        self.damaged = set[str]()
+        """Prefixes of checkpoints that could not be loaded, on all ranks."""
         self.own_root = f"regions/{run}"
         self.bits_root = _bits_root(run)
 
     # Global: θ, momentum, and the counters that a rewind goes back to
 
-    def save_first(self, planes: Planes) -> str:
-        """θ₀, before the run is opened. Returns its prefix."""
+    def save_first(self, planes: Planes, started: dict[str, Any] | None = None) -> str:
+        """θ₀, before the run is opened. started: what it was made from, if from a checkpoint. Returns its prefix."""
         start = {
             "rounds": 0,
             "cursor": 0,
@@ -59,40 +69,75 @@ class Checkpoints:
             "pool": [],
             "fragments": [{} for _ in planes.fragments],
         }
-        body = {"seq": 0, "hash": "", "epoch": 0, "counters": start, **self.what}
+        body = {
+            "seq": 0,
+            "hash": "",
+            "epoch": 0,
+            "counters": start,
+            **self.what,
+            **({"started": started} if started else {}),
+        }
         return self._save(f"{self.root}/0", "r", body, _global_pieces(planes))
-
-    def save(self, planes: Planes, state: State, member: str) -> str:
-        """The state after entry `state.seq`: every fragment's planes are those of `state`."""
-        entry = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
-        body = {**entry, **self.what}
-        prefix = self._save(f"{self.root}/{state.seq}", f"{member}-r", body, _global_pieces(planes))
-        self._prune(self.root, spare=origin(state.checkpoint))
-        return prefix
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Manifests that load, newest first; a damaged one is reported and passed over. Rank 0 asks."""
         return newest(self.store, self.root, _report)
 
-    def newest_whole(self, manifests: Iterable[dict[str, Any]], entries: Sequence[bytes]) -> dict[str, Any] | None:
-        """The first that is on the path to the journal's head, and whose every byte verifies. Rank 0 asks."""
+    def on_the_way(self, manifests: Iterable[dict[str, Any]], entries: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+        """Those on the path to the journal's head that no load found damaged. Rank 0 asks."""
         path = path_of(entries)
         for manifest in manifests:
-            if belongs(manifest, entries) and on_path(manifest["seq"], path):
-                try:
-                    verify(self.store, manifest)
-                except DamagedError as error:
-                    _report(manifest["prefix"], error)
-                else:
-                    return manifest
+            if manifest["prefix"] not in self.damaged and belongs(manifest, entries) and on_path(manifest["seq"], path):
+                yield manifest
+
+    def newest_whole(self, manifests: Iterable[dict[str, Any]], entries: Sequence[bytes]) -> dict[str, Any] | None:
+        """The first on the way whose every byte verifies: a run must not go back to what others cannot load. Rank 0 asks."""
+        for manifest in self.on_the_way(manifests, entries):
+            try:
+                verify(self.store, manifest)
+            except DamagedError as error:
+                _report(manifest["prefix"], error)
+            else:
+                return manifest
         return None
 
     def load(self, manifest: dict[str, Any], planes: Planes) -> None:
-        """This rank's slices of θ and momentum."""
-        reader = Reader(self.store, manifest)
-        for f, fragment in enumerate(manifest["counters"]["fragments"]):
-            flats = [reader.read(plane, f, *self.shards.span(f)) for plane in planes.names]
-            planes.load(f, fragment.get("base", 0), *flats)
+        """This rank's slices of θ and momentum, verified, straight into the planes, which hold nothing until every rank has
+        its own. Collective: raises DamagedError or StoreError on all ranks, and says which checkpoint is damaged."""
+        fragments = manifest["counters"]["fragments"]
+        for f in range(len(fragments)):
+            planes.forget(f)
+        wants = [
+            Want(plane, f, self.shards.span(f)[0], getattr(planes, plane)[f])
+            for f in range(len(fragments))
+            for plane in planes.names
+        ]
+        self.agreed(manifest["prefix"], lambda: Reader(self.store, manifest).read_into(wants))
+        for f, fragment in enumerate(fragments):
+            planes.arrived(f, fragment.get("base", 0), ())
+
+    def agreed(self, prefix: str, read: Callable[[], T]) -> T:
+        """What `read` returns, if it does so on every rank; otherwise all raise DamagedError, and leave this checkpoint out from
+        now on, or StoreError. An outage is waited for. Collective."""
+        until = time.monotonic() + OUTAGE
+        while True:
+            value, said = _tried(read)
+            answers = [json.loads(data) for data in self.region.gather_bytes(json.dumps(said).encode())]
+            if away := next((text for kind, text in answers if kind == "away"), ""):
+                # Rank 0's clock, lest some go on and others do not.
+                if self.region.broadcast_bytes(b"on" if time.monotonic() < until else b"") == b"":
+                    raise StoreError(away)
+                if self.region.rank == 0:
+                    print(f"{away}; trying again", flush=True)
+                time.sleep(AGAIN)
+            elif damages := [text for kind, text in answers if kind == "damaged"]:
+                self.damaged.add(prefix)
+                if self.region.rank == 0:
+                    _report(prefix, DamagedError(damages[0]))
+                raise DamagedError(damages[0])
+            else:
+                assert value is not None
+                return value[0]
 
     def load_fragment(self, prefix: str, fragment: int, planes: Planes) -> tuple[set[int], list[Tensor]]:
         """This rank's slices of one fragment's θ and moments, and the seq of the last round in them."""
@@ -102,24 +147,11 @@ class Checkpoints:
         return {manifest["counters"]["fragments"][fragment]["base"]}, flats
 
     def load_prefix(self, state: State, planes: Planes) -> None:
-        """From the checkpoint that the current epoch starts from."""
-        self.load(load_manifest(self.store, state.checkpoint), planes)
+        """From the checkpoint that the current epoch starts from; see load."""
+        prefix = state.checkpoint
+        self.load(self.agreed(prefix, lambda: load_manifest(self.store, prefix)), planes)
 
     # A region's own: local parameters, AdamW's moments, error-feedback residual, and where its steps stand
-
-    def save_own(self, name: str, state: State, inner: Inner, planes: Planes, progress: dict[str, Any]) -> None:
-        """progress: the trainer's own counters (JSON)."""
-        body = {"seq": state.seq, "hash": state.hash, "progress": progress}
-        root = f"{self.own_root}/{name}"
-        self._save(f"{root}/{state.seq}", "r", body, self._own_pieces(inner, planes))
-        self._prune(root)
-
-    def _own_pieces(self, inner: Inner, planes: Planes) -> Iterator[Piece]:
-        for plane, select in _selections(inner).items():
-            for f in range(len(self.shards.fragments)):
-                yield from cut(plane, f, *self.shards.span(f), self.shards.read(f, select))
-        for f, residual in enumerate(planes.residual or []):
-            yield from cut(RESIDUAL, f, *self.shards.span(f), residual)
 
     def own(self, name: str) -> Iterator[dict[str, Any]]:
         """Manifests of the region's own planes that load, newest first. Rank 0 asks."""
@@ -127,18 +159,20 @@ class Checkpoints:
 
     def load_own(self, manifest: dict[str, Any], inner: Inner, planes: Planes, moments_only: bool) -> None:
         """Local parameters, residual (if there is one, there and here) and AdamW's moments, whatever mesh wrote them; or the
-        moments alone."""
-        reader = Reader(self.store, manifest)
+        moments alone. Collective: raises DamagedError on all ranks, and StoreError; some of it has been written then."""
+        reader, prefix = Reader(self.store, manifest), manifest["prefix"]
         inner.materialise()
-        for plane, select in _selections(inner).items():
+        for plane, select in selections(inner).items():
             for f in range(len(self.shards.fragments)):
                 if plane in MOMENTS or not moments_only:
-                    self.shards.write(f, reader.read(plane, f, *self.shards.span(f)), select)
+                    span = self.shards.span(f)
+                    self.shards.write(f, self.agreed(prefix, partial(reader.read, plane, f, *span)), select)
         inner.set_updates(manifest["progress"]["adam"])
         has_residual = any(piece["plane"] == RESIDUAL for shard in manifest["shards"] for piece in shard["pieces"])
         for f, residual in enumerate(planes.residual or []):
             if has_residual and not moments_only:
-                residual.copy_(reader.read(RESIDUAL, f, *self.shards.span(f)))
+                want = Want(RESIDUAL, f, self.shards.span(f)[0], residual)
+                self.agreed(prefix, partial(reader.read_into, [want]))
 
     # The bits of rounds. Any thread, any rank
 
@@ -152,19 +186,6 @@ class Checkpoints:
         for a, b in spans(self.store, f"{self.bits_root}/{attempt}"):
             at = max(at, b) if a <= at else at
         return at >= blocks
-
-    def drop_bits(self, stored: dict[int, str]) -> dict[int, str]:
-        """Deletes the bits of rounds that every kept checkpoint includes. stored: seq -> attempt. Returns the rest."""
-        with _left_for_later():
-            oldest = min(self._numbers(self.root)[1:], default=0)
-            for seq in [seq for seq in stored if seq <= oldest]:
-                for key in self._bits(stored[seq]):
-                    self.store.delete(key)
-            return {seq: attempt for seq, attempt in stored.items() if seq > oldest}
-        return stored
-
-    def _bits(self, attempt: str) -> list[str]:
-        return self.store.list(f"{self.bits_root}/{attempt}/")
 
     def _save(self, prefix: str, shard: str, body: dict[str, Any], pieces: Iterator[Piece]) -> str:
         """Raises StoreError on every rank if any of them failed."""
@@ -191,20 +212,15 @@ class Checkpoints:
             raise StoreError(failures[0])
         return [records for records, _ in said]
 
-    def _numbers(self, root: str) -> list[int]:
-        keys = [key for key in self.store.list(root) if key.endswith("/manifest.json")]
-        return sorted(int(key.split("/")[-2]) for key in keys)
 
-    def _prune(self, root: str, spare: int = 0) -> None:
-        """Keeps the first, the last `keep`, and the one that a region may still have to rewind to. The manifest goes first, so
-        that nothing half there looks whole."""
-        if self.region.rank != 0:
-            return
-        with _left_for_later():
-            for number in [n for n in self._numbers(root)[: -self.keep] if n not in (0, spare)]:
-                self.store.delete(f"{root}/{number}/manifest.json")
-                for key in self.store.list(f"{root}/{number}/"):
-                    self.store.delete(key)
+def _tried(read: Callable[[], T]) -> tuple[tuple[T] | None, tuple[str, str]]:
+    """(what it returned, what there is to say): ok, damaged or away, and a sentence."""
+    try:
+        return (read(),), ("ok", "")
+    except (DamagedError, MissingError) as error:  # its objects are named: one that is not there has been lost
+        return None, ("damaged", str(error))
+    except StoreError as error:
+        return None, ("away", str(error))
 
 
 def save_bits(store: Store, run: str, attempt: str, first: int, last: int, bits: Tensor) -> None:
@@ -216,39 +232,52 @@ def _bits_root(run: str) -> str:
     return f"rounds/{run}"
 
 
-def go_back(member: str, checkpoints: Checkpoints, journal: Journal, lost: int) -> None:
-    """Appends a `rewind` to the newest checkpoint, since nobody has the bits of round `lost`; unless another entry is first.
-    Raises ConfigError if there is no whole checkpoint. Rank 0."""
+def go_back(member: str, checkpoints: Checkpoints, journal: Journal, reason: str, why: str) -> None:
+    """Appends a `rewind` to the newest checkpoint, for this reason: lost or damaged; unless another entry is first. why: the
+    rest of a sentence. Raises ConfigError if there is no whole checkpoint. Rank 0."""
     assert journal.state is not None
     entries = entries_of(journal.store, journal.state.seq)
     if (manifest := checkpoints.newest_whole(checkpoints.candidates(), entries)) is None:
         raise ConfigError(none_whole(checkpoints.store.url))
     rounds = len(rounds_after(entries, manifest["seq"]))
     print(
-        f"{member}: {rounds} round(s) were committed after the newest checkpoint, and the bits of entry {lost} are neither in "
-        f"the store nor with a member that answers: going back to entry {manifest['seq']}",
+        f"{member}: {rounds} round(s) were committed after the newest checkpoint that is whole, and {why}: going back to "
+        f"entry {manifest['seq']}",
         flush=True,
     )
-    journal.append(rewind_to(manifest, "lost"))
+    journal.append(rewind_to(manifest, reason))
+
+
+def without_bits(seq: int) -> str:
+    return f"the bits of entry {seq} are neither in the store nor with a member that answers"
+
+
+def reload(member: str, checkpoints: Checkpoints, state: State, planes: Planes) -> bool:
+    """The planes as at the checkpoint of a `rewind`. False: it is damaged, and another `rewind` follows. Collective."""
+    try:
+        checkpoints.load_prefix(state, planes)
+    except DamagedError:
+        on_rank_0(checkpoints.region, lambda: _go_further_back(member, checkpoints, state))
+        return False
+    return True
+
+
+def _go_further_back(member: str, checkpoints: Checkpoints, state: State) -> None:
+    """Unless somebody else has."""
+    journal = Journal(checkpoints.store)
+    journal.read()
+    if journal.state is not None and journal.state.epoch == state.epoch and journal.state.stopped is None:
+        go_back(member, checkpoints, journal, "damaged", f"checkpoint {state.checkpoint} is damaged")
 
 
 def rewind_to(manifest: dict[str, Any], reason: str, skip_data: bool = False) -> dict[str, Any]:
-    """The fields of a `rewind`. reason: lost, or by hand."""
+    """The fields of a `rewind`. reason: lost, damaged, or by hand."""
     there = {"checkpoint": manifest["prefix"], "counters": manifest["counters"]}
     return {"kind": "rewind", "reason": reason, "skip_data": skip_data, **there}
 
 
 def none_whole(url: str) -> str:
     return f"run.store={url} has no checkpoint that is whole: restore one, or set run.dir to a new directory"
-
-
-@contextmanager
-def _left_for_later() -> Iterator[None]:
-    """What a clean-up leaves behind, the next one finds."""
-    try:
-        yield
-    except StoreError as error:
-        print(f"clean-up: {error}; left for the next one", flush=True)
 
 
 def moment(inner: Inner, name: str) -> Select:
@@ -261,7 +290,7 @@ def moment(inner: Inner, name: str) -> Select:
     return select
 
 
-def _selections(inner: Inner) -> dict[str, Select]:
+def selections(inner: Inner) -> dict[str, Select]:
     return {"x": lambda parameter: parameter, **{name: moment(inner, name) for name in MOMENTS}}
 
 

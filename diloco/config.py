@@ -20,7 +20,8 @@ from hydra.errors import OverrideParseException
 from torch import nn
 
 from ckpt.store import Store, StoreError
-from diloco import inner, parallel, tracker
+from diloco import checkpointing, inner, parallel, tracker
+from diloco.checkpointing import CkptConfig
 from diloco.codec import CODECS, CodecConfig
 from diloco.data import DataConfig, Dataset, build_source
 from diloco.errors import ConfigError
@@ -68,24 +69,6 @@ class ModelConfig:
     loss_args: dict[str, Any] = field(default_factory=dict)
     plan: str | None = None
     """Callable (model, tp) -> tensor-parallel plan; needed for parallel.tp > 1 only."""
-
-
-@dataclass
-class CkptConfig:
-    """Checkpoints."""
-
-    every: int = 1
-    """Rounds between two checkpoints; one is written at the end in any case."""
-    keep: int = 3
-    """Checkpoints that are kept besides the first."""
-    durable: bool = True
-    """Store a round's bits before it is committed: then nothing committed is ever lost, at one upload of the encoded
-    parameters per round. false: if every region dies at once, the run goes back to the newest checkpoint."""
-    lost_wait: float = 30.0
-    """Seconds that a region which cannot get a round's bits leaves to whoever has them, before the run goes back to a
-    checkpoint."""
-    resume: str = "auto"
-    """auto: go on from the newest state of the run if there is one; never: refuse to."""
 
 
 @dataclass
@@ -265,14 +248,7 @@ def _validate_run(cfg: Config) -> None:
         value = getattr(cfg.run, key)
         if value is not None and value < 1:
             raise ConfigError(f"run.{key}={value} must be at least 1: set it to a positive number")
-    if cfg.ckpt.resume not in ("auto", "never"):
-        raise ConfigError(f"ckpt.resume={cfg.ckpt.resume} is not known: set it to auto or never")
-    if cfg.ckpt.every < 1 or cfg.ckpt.keep < 1:
-        raise ConfigError(f"ckpt.every={cfg.ckpt.every} and ckpt.keep={cfg.ckpt.keep} must be at least 1: raise them")
-    if cfg.ckpt.lost_wait < 5:
-        raise ConfigError(
-            f"ckpt.lost_wait={cfg.ckpt.lost_wait} is too short for who has the bits to say so: set it to at least 5 seconds"
-        )
+    checkpointing.validate(cfg.ckpt)
 
 
 def _validate_places(cfg: Config) -> None:

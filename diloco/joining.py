@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints, describe
@@ -27,6 +25,8 @@ from diloco.journal import Journal
 from diloco.parallel import on_rank_0
 from diloco.resetting import resume_samples
 from diloco.restoring import restore
+from diloco.saving import Saver
+from diloco.starting import check_start, start
 from diloco.trainer import Links, Trainer
 from elastic import recovery
 from elastic.addresses import host_port, is_local
@@ -52,7 +52,7 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     state = fold_all(entries)
     assert state is not None
     trainer.state = state
-    on_rank_0(region, lambda: _check(cfg, state, trainer.fingerprint()))
+    on_rank_0(region, lambda: _check(cfg, store, state, trainer.fingerprint()))
     if region.rank == 0:
         _own(cfg, state.run)
     data = _connect(trainer, store, stack, exchanges)
@@ -151,10 +151,7 @@ def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
     run = region.broadcast_bytes(secrets.token_hex(8).encode() if empty else None).decode()
     if run:
         checkpoints = _checkpoints(trainer, store, run)
-        for f in range(len(trainer.fragments)):
-            theta = trainer.shards.read(f)
-            trainer.planes.load(f, 0, theta, *(torch.zeros_like(theta) for _ in trainer.planes.names[1:]))
-        prefix = checkpoints.save_first(trainer.planes)
+        prefix = checkpoints.save_first(trainer.planes, start(trainer, checkpoints))
         if region.rank == 0:
             fields = {
                 "kind": "open",
@@ -171,7 +168,7 @@ def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
 def _checkpoints(trainer: Trainer, store: Store, run: str) -> Checkpoints:
     cfg = trainer.cfg
     model = describe(trainer.model, cfg.model, cfg.inner.seq_len)
-    return Checkpoints(store, run, trainer.region, trainer.shards, cfg.ckpt.keep, model)
+    return Checkpoints(store, run, trainer.region, trainer.shards, cfg.ckpt, model)
 
 
 def _reread(journal: Journal) -> list[bytes]:
@@ -197,9 +194,10 @@ _MEANS = {
 """Keys of the fingerprint -> keys of the config."""
 
 
-def _check(cfg: Config, state: State, mine: dict[str, Any]) -> None:
+def _check(cfg: Config, store: Store, state: State, mine: dict[str, Any]) -> None:
     """This region and the run fit. Raises ConfigError with both values."""
     where = f"the run in {store_url(cfg)}"
+    check_start(cfg, store, state.run)
     if cfg.ckpt.resume == "never" and state.rounds > 0:
         raise ConfigError(f"ckpt.resume=never, but {where} has {state.rounds} rounds: set run.dir to a new directory")
     for key, value in state.fingerprint.items():
@@ -235,7 +233,9 @@ def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) 
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = _checkpoints(trainer, store, state.run)
-    trainer.links = Links(member, node, exchanger, store, checkpoints)
+    saver = Saver(checkpoints, trainer.planes, trainer.inner, member, cfg.region.name)
+    stack.callback(saver.close)
+    trainer.links = Links(member, node, exchanger, store, checkpoints, saver)
     answer = exchanger.open(_setup(trainer).message())
     if "error" in answer:
         raise _no_gateway(cfg, answer["error"])

@@ -158,9 +158,11 @@ class Reporter:
         self.metrics.record(record)
         print(eval_line(record), flush=True)
 
-    def saved(self, prefix: str, seq: int) -> None:
+    def saved(self, prefix: str, seq: int, **numbers: Any) -> None:
+        """numbers, of rank 0: `seconds` since it was handed over, `bytes` that it has uploaded, and the seconds that this `took`
+        and that training was `blocked`."""
         if self.metrics is not None:
-            self.metrics.write("checkpoint", prefix=prefix, seq=seq)
+            self.metrics.write("checkpoint", prefix=prefix, seq=seq, **numbers)
 
     def not_saved(self, seq: int, reason: str) -> None:
         if self.metrics is not None:

@@ -1,10 +1,8 @@
-"""What a region does when its work is not wanted, and what it keeps when it ends."""
+"""What a region does when its work is not wanted."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from diloco.control import Order
 
 if TYPE_CHECKING:
     from diloco.trainer import Trainer
@@ -34,14 +32,3 @@ def resume_samples(trainer: Trainer) -> None:
                 flush=True,
             )
     trainer.taken = []
-
-
-def keep(trainer: Trainer, order: Order) -> None:
-    """What nothing else would keep: a run that was stopped by hand has not saved its last state, and without `ckpt.durable`
-    no round's bits are in the store. Collective."""
-    state, member = trainer.state, trainer.links.member
-    by_hand = state.stopped is not None and state.finished is None
-    leaving = state.stopped is None and not trainer.cfg.ckpt.durable
-    newest = max(fragment.base for fragment in state.fragments)
-    if order.clean and trainer.in_step and newest > trainer.saved and (by_hand or leaving):
-        trainer.save(leaving or member == min(state.members, default=""))

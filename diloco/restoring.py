@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ckpt.checkpoint import DamagedError
 from diloco.bits import AGAIN, find_bits
-from diloco.checkpoints import go_back, none_whole
+from diloco.checkpoints import go_back, none_whole, without_bits
 from diloco.errors import ConfigError
 from diloco.fetching import Fetch
 from diloco.fold import State, fold
@@ -36,16 +37,19 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
     if donors and not _load_from(trainer, journal, entries, donors):
         return False
     if (manifest := choice["manifest"]) is not None:
-        links.checkpoints.load(manifest, trainer.planes)
+        try:
+            links.checkpoints.load(manifest, trainer.planes)
+        except DamagedError:
+            return False  # the one before is next
         if not _replay(trainer, rounds_after(entries, manifest["seq"])):
             return False
     trainer.adopt()
-    _restore_own(trainer, choice["own"])
+    own = _restore_own(trainer, choice["own"], entries)
     lent = loan is not None and take_moments(trainer, loan)
     if region.rank == 0:
         source = f"checkpoint {manifest['prefix']}" if manifest else "a member that is alive"
         inner = f"inner state of {loan.donor.member}" if loan and lent else "fresh inner state"
-        inner = f"inner state of entry {choice['own']['seq']}" if choice["own"] else inner
+        inner = f"inner state of entry {own['seq']}" if own else inner
         print(f"{links.member}: state after {trainer.state.rounds} rounds from {source}, {inner}", flush=True)
     return True
 
@@ -66,13 +70,26 @@ def _replay(trainer: Trainer, rounds: Sequence[tuple[State, dict[str, Any]]]) ->
     return True
 
 
-def _restore_own(trainer: Trainer, own: dict[str, Any] | None) -> None:
-    """The region's own inner state. If no round was committed since, local parameters and counters hold, too."""
-    if own is not None:
+def _restore_own(trainer: Trainer, own: dict[str, Any] | None, entries: list[bytes]) -> dict[str, Any] | None:
+    """The region's own inner state. If no round was committed since, local parameters and counters hold, too. What is damaged
+    costs its age: the one before comes instead, if there is one. Returns what was loaded. Collective."""
+    while own is not None:
         exact = own["seq"] >= max(fragment.base for fragment in trainer.state.fragments)
-        trainer.links.checkpoints.load_own(own, trainer.inner, trainer.planes, moments_only=not exact)
+        try:
+            trainer.links.checkpoints.load_own(own, trainer.inner, trainer.planes, moments_only=not exact)
+        except DamagedError:
+            trainer.adopt()
+            own = on_rank_0(trainer.region, lambda: _own(trainer, entries))
+            continue
         if exact:
             trainer.resume_from(own["progress"])
+        return own
+    return None
+
+
+def _own(trainer: Trainer, entries: list[bytes]) -> dict[str, Any] | None:
+    checkpoints = trainer.links.checkpoints
+    return next(checkpoints.on_the_way(checkpoints.own(trainer.cfg.region.name), entries), None)
 
 
 def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[str, Any]:
@@ -82,10 +99,10 @@ def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[st
     if new:
         return choice
     state, checkpoints = trainer.state, trainer.links.checkpoints
-    choice["own"] = checkpoints.newest_whole(checkpoints.own(trainer.cfg.region.name), entries)
+    choice["own"] = _own(trainer, entries)
     choice["donors"] = _alive(trainer.links.node, state)
     if not choice["donors"]:
-        choice["manifest"] = manifest = checkpoints.newest_whole(checkpoints.candidates(), entries)
+        choice["manifest"] = manifest = next(checkpoints.on_the_way(checkpoints.candidates(), entries), None)
         if manifest is None:
             raise ConfigError(none_whole(checkpoints.store.url))
         for _, entry in rounds_after(entries, manifest["seq"]):
@@ -106,7 +123,7 @@ def _wait_for_bits(trainer: Trainer, journal: Journal, entry: dict[str, Any]) ->
         if move == "lost":
             journal.append({"kind": "lost", "round": entry["seq"], "member": trainer.links.member})
         elif move == "rewind":
-            go_back(trainer.links.member, checkpoints, journal, entry["seq"])
+            go_back(trainer.links.member, checkpoints, journal, "lost", without_bits(entry["seq"]))
         elif move == "over":
             return []
         if new := [data.decode() for data in journal.read()]:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ckpt.checkpoint import DamagedError, load_manifest, verify
+from ckpt.checkpoint import DamagedError, load_manifest
+from ckpt.reading import verify
 from ckpt.store import MissingError, Store
 from diloco.checkpoints import rewind_to
 from diloco.errors import ConfigError

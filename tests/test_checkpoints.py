@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ckpt import pieces
-from ckpt.checkpoint import load_manifest, read_range
-from ckpt.store import Store
+from ckpt.checkpoint import DamagedError, load_manifest
+from ckpt.reading import read_range
+from ckpt.store import Store, StoreError
+from diloco import checkpoints
+from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import ModelConfig
 from diloco.fragments import group_parameters
@@ -19,6 +23,7 @@ from diloco.inner import Inner, InnerConfig
 from diloco.model import build_llama
 from diloco.parallel import Region, layer_of
 from diloco.planes import Planes
+from diloco.saving import Among, Saver
 from diloco.shards import Shards
 from tests.test_journal import Log, opening
 
@@ -35,7 +40,7 @@ def test_planes_come_back_from_shards_of_any_size(tmp_path: Path, monkeypatch: p
     saved, loaded = Planes(fragments, slices), Planes(fragments, slices)
     for fragment in fragments:
         saved.load(fragment.index, 0, torch.randn(fragment.elements), torch.randn(fragment.elements))
-    points = Checkpoints(store, "run", region, shards, keep=1, model={})
+    points = Checkpoints(store, "run", region, shards, keep=CkptConfig(keep=1), model={})
     points.save_first(saved)
     manifest = next(points.candidates())
     points.load(manifest, loaded)
@@ -58,7 +63,7 @@ def test_a_global_checkpoint_says_where_its_parameters_are(tmp_path: Path) -> No
     for f in range(len(fragments)):
         planes.load(f, 0, shards.read(f), torch.zeros(fragments[f].elements))
     what = describe(model, ModelConfig(args=args), seq_len=32)
-    points = Checkpoints(store, "run", region, shards, keep=1, model=what)
+    points = Checkpoints(store, "run", region, shards, keep=CkptConfig(keep=1), model=what)
     manifest = load_manifest(store, points.save_first(planes))
     assert manifest["model"]["args"] == {**args, "rope_theta": 5e5, "norm_eps": 1e-5, "tied": False}
     assert manifest["model"]["target"] == "diloco.model.build_llama" and manifest["model"]["seq_len"] == 32
@@ -99,7 +104,7 @@ class OneRank:
         self.planes = Planes(fragments, [(0, fragment.blocks) for fragment in fragments], error_feedback)
         self.inner = Inner(InnerConfig(batch=1), model, lambda model, tokens: (model, tokens), region)
         self.inner.materialise()
-        self.points = Checkpoints(store, "run", region, self.shards, keep=1, model={})
+        self.points = Checkpoints(store, "run", region, self.shards, keep=CkptConfig(keep=1), model={})
 
 
 @pytest.mark.parametrize(("there", "here", "exact"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
@@ -110,7 +115,9 @@ def test_residuals_come_back_with_the_local_parameters(tmp_path: Path, there: in
     for residual in saved.planes.residual or []:
         residual.copy_(torch.randn(residual.numel()))
     state = Log(opening(fragments=2)).state
-    saved.points.save_own("eu", state, saved.inner, saved.planes, {"adam": 3})
+    saver = Saver(saved.points, saved.planes, saved.inner, "eu_1", "eu")
+    saver.save(state, Among(()), {"adam": 3}, {})
+    assert saver.uploads.wait(60)
     own = next(loaded.points.own("eu"))
     loaded.points.load_own(own, loaded.inner, loaded.planes, moments_only=not exact)
     assert (loaded.planes.residual is not None) == bool(here)
@@ -119,3 +126,52 @@ def test_residuals_come_back_with_the_local_parameters(tmp_path: Path, there: in
         assert not residual.any() or torch.equal(residual, saved.planes.residual[f])  # type: ignore[index]
     assert torch.equal(loaded.shards.read(0), saved.shards.read(0)) == bool(exact)
     assert loaded.inner.updates == 3
+
+
+def first_saved(store: Store) -> tuple[OneRank, OneRank, dict[str, Any]]:
+    saved, loaded = OneRank(store, False), OneRank(store, False)
+    for f, fragment in enumerate(saved.shards.fragments):
+        saved.planes.load(f, 0, torch.randn(fragment.elements), torch.randn(fragment.elements))
+    saved.points.save_first(saved.planes)
+    return saved, loaded, next(loaded.points.candidates())
+
+
+def test_an_outage_is_waited_for_and_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path))
+    saved, loaded, manifest = first_saved(store)
+    monkeypatch.setattr(checkpoints, "AGAIN", 0.01)
+    real, away = store.read_into, [StoreError("the store is away")] * 2
+
+    def sometimes(key: str, start: int, out: memoryview) -> int:
+        if away:
+            raise away.pop()
+        return real(key, start, out)
+
+    monkeypatch.setattr(store, "read_into", sometimes)
+    loaded.points.load(manifest, loaded.planes)
+    assert capsys.readouterr().out.count("the store is away; trying again") == 2
+    for name in ("theta", "momentum"):
+        for ours, theirs in zip(getattr(saved.planes, name), getattr(loaded.planes, name), strict=True):
+            assert torch.equal(ours, theirs)
+    monkeypatch.setattr(checkpoints, "OUTAGE", 0.0)
+    away.append(StoreError("the store is away"))
+    with pytest.raises(StoreError, match="away"):
+        loaded.points.load(manifest, loaded.planes)
+    assert not loaded.points.damaged and loaded.planes.bases == [-1, -1]
+    assert next(loaded.points.candidates()) == manifest
+
+
+def test_a_damaged_checkpoint_is_not_taken_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    _, loaded, manifest = first_saved(store)
+    key = f"{manifest['prefix']}/{manifest['shards'][0]['name']}.safetensors"
+    store.write(key, store.read(key)[:-1] + b"!")
+    with pytest.raises(DamagedError, match=key):
+        loaded.points.load(manifest, loaded.planes)
+    assert loaded.planes.bases == [-1, -1] and loaded.points.damaged == {manifest["prefix"]}
+    entries = Log(opening(fragments=2)).entries
+    assert not list(loaded.points.on_the_way([manifest], entries))
+    loaded.points.damaged.clear()
+    assert list(loaded.points.on_the_way([manifest], entries)) == [manifest]

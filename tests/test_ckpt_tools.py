@@ -15,7 +15,7 @@ import torch
 
 from ckpt import layout, pieces
 from ckpt.checkpoint import MANIFEST, commit_manifest, load_manifest, save_shard
-from ckpt.format import Piece
+from ckpt.format import FORMAT, Piece
 from ckpt.layout import Theta
 from ckpt.store import Store
 from ckpt.tool import main
@@ -79,7 +79,7 @@ def test_ls_has_a_line_for_each(run: Path, tool: Tool) -> None:
 @pytest.mark.parametrize(("name", "entry"), [("", 10), ("@9", 9), ("@run/0", 0)])
 def test_show_has_facts_and_layout(run: Path, tool: Tool, name: str, entry: int) -> None:
     code, said = tool("show", f"{run}{name}")
-    assert code == 0 and f"checkpoints/run/{entry} · format 2" in said
+    assert code == 0 and f"checkpoints/run/{entry} · format {FORMAT}" in said
     assert f"entry {entry} · rounds {entry} · tokens {3200 * entry:,}" in said and "rope_theta=500000.0" in said
     elements = sum(p.numel() for p in random_llama(SMALL).parameters())
     assert f"momentum, theta · {elements:,} parameters each" in said

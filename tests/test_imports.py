@@ -21,7 +21,7 @@ FORBIDDEN = {
 }
 THIRD_PARTY = {
     "elastic": {"torch", "torchft", "cryptography"},
-    "ckpt": {"torch", "safetensors", "fsspec"},
+    "ckpt": {"torch", "safetensors", "fsspec", "obstore", "botocore"},
 }
 """What these two rooms may import besides the standard library; the others may what they like."""
 

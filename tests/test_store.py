@@ -17,7 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 import ckpt.store
-from ckpt.store import STALE_SECONDS, TEMPORARY, MissingError, Store, StoreError
+from ckpt.files import STALE_SECONDS, TEMPORARY
+from ckpt.store import MissingError, Store, StoreError
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt.checkpoint import Reader, newest
+from ckpt.reading import Reader, newest
 from ckpt.store import Store
 from tests.e2e.cluster import Cluster
 

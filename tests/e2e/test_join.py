@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from ckpt.checkpoint import Reader, load_manifest
+from ckpt.checkpoint import load_manifest
+from ckpt.reading import Reader
 from ckpt.store import Store
 from tests.e2e.cluster import Cluster
 

@@ -1,0 +1,171 @@
+"""Saving without waiting: a region copies its planes into the arena, and the uploader makes checkpoints of it meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckpt.arena import Arena
+from ckpt.parts import ITEM, Attempt, Held
+from ckpt.retention import Rules
+from ckpt.uploads import Uploads
+from diloco.checkpointing import CkptConfig
+from diloco.checkpoints import RESIDUAL, Checkpoints, selections
+from diloco.errors import ConfigError
+from diloco.fold import State, counters
+from diloco.inner import Inner
+from diloco.planes import Planes
+
+
+@dataclass(frozen=True)
+class Among:
+    """Who attempts a checkpoint of all: `members` have a share of it each, the others that are there only help out."""
+
+    members: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+    def place(self, member: str) -> int:
+        """-1: not among them."""
+        everyone = [*self.members, *self.others]
+        return everyone.index(member) if self.members and member in everyone else -1
+
+
+class Saver:
+    """One rank's arena and uploader. All methods but `answers` and `close` are collective."""
+
+    def __init__(self, checkpoints: Checkpoints, planes: Planes, inner: Inner, member: str, name: str) -> None:
+        """member, name: of this region. Takes the memory that all later saves need."""
+        self.checkpoints, self.planes, self.inner = checkpoints, planes, inner
+        self.member, self.name = member, name
+        self.cfg: CkptConfig = checkpoints.keep
+        self.blocked = 0.0
+        """Seconds that training waited for the last save."""
+        self.skipped = 0
+        """Saves that were due while the one before was still being uploaded."""
+        names = [*selections(inner), *([RESIDUAL] if planes.residual else [])]
+        self.common, size = self._layout(planes.names, 0)
+        self.own, size = self._layout(names, size)
+        try:
+            arena = Arena.create(size)
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: there are no {size / 1e9:.2f} GB of shared memory for this rank's checkpoints ({error}): use more "
+                "ranks or more memory"
+            ) from error
+        if checkpoints.region.device.type == "cuda":
+            arena.pin()
+        self._memory = torch.frombuffer(arena.bytes, dtype=torch.float32) if size else torch.empty(0)
+        self.uploads = Uploads(arena, checkpoints.store.url)
+
+    def _layout(self, names: Iterable[str], at: int) -> tuple[list[Held], int]:
+        """This rank's slices of these planes, one after the other from byte `at`; and where they end."""
+        found = []
+        for name in names:
+            for f, fragment in enumerate(self.checkpoints.shards.fragments):
+                start, stop = self.checkpoints.shards.span(f)
+                found.append(Held(name, f, start, stop, fragment.elements, at))
+                at += ITEM * (stop - start)
+        return found, at
+
+    def free(self) -> bool:
+        """Whether no rank's arena is being uploaded. If one is, the save is skipped."""
+        busy = b"busy" if self.uploads.busy() else b""
+        return not any(self.checkpoints.region.gather_bytes(busy))
+
+    def wait(self, progress: Callable[[], None]) -> None:
+        """Until the arena is free, which it is once the deadline of the upload has passed. progress: called meanwhile."""
+        while self.uploads.busy() and not self.uploads.wait(0.5):
+            progress()
+        while not self.free():
+            progress()
+            time.sleep(0.1)
+
+    def save(self, state: State, among: Among, progress: dict[str, Any], stored: dict[int, str]) -> None:
+        """The state after entry `state.seq`, and the region's own planes with `progress` (JSON), as they are now. stored: seq
+        -> attempt of the rounds whose bits may be in the store. The arena must be free."""
+        began, attempts = time.monotonic(), []
+        if (place := among.place(self.member)) >= 0:
+            self._copy_common()
+            attempts.append(self._attempt_common(state, among, place))
+        self._copy_own()
+        attempts.append(self._attempt_own(state, progress))
+        now = time.monotonic()
+        job = {
+            "id": state.seq,
+            "since": now,
+            "until": now + self.cfg.upload_deadline,
+            "attempts": [attempt.message() for attempt in attempts],
+            "rules": self._rules(),
+            "bits": self._bits(stored),
+        }
+        self.uploads.submit(job)
+        self.blocked = now - began
+
+    def _copy_common(self) -> None:
+        for held in self.common:
+            self._part(held).copy_(getattr(self.planes, held.plane)[held.fragment])
+
+    def _copy_own(self) -> None:
+        select = selections(self.inner)
+        for held in self.own:
+            if held.plane == RESIDUAL:
+                assert self.planes.residual is not None
+                self._part(held).copy_(self.planes.residual[held.fragment])
+            else:
+                self.checkpoints.shards.read(held.fragment, select[held.plane], out=self._part(held))
+
+    def _part(self, held: Held) -> Tensor:
+        return self._memory[held.at // ITEM :][: held.stop - held.start]
+
+    def _attempt_common(self, state: State, among: Among, place: int) -> Attempt:
+        entry = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
+        entry["origin"] = state.checkpoint  # where the run goes back to, for who removes checkpoints
+        body = {**entry, **self.checkpoints.what}
+        alone = len(among.members) + len(among.others) == 1
+        prefix = f"{self.checkpoints.root}/{state.seq}"
+        return self._attempt(prefix, body, among.members, place, not alone, self.common)
+
+    def _attempt_own(self, state: State, progress: dict[str, Any]) -> Attempt:
+        body = {"seq": state.seq, "hash": state.hash, "progress": progress}
+        prefix = f"{self.checkpoints.own_root}/{self.name}/{state.seq}"
+        return self._attempt(prefix, body, (self.member,), 0, False, self.own)
+
+    def _attempt(
+        self,
+        prefix: str,
+        body: dict[str, Any],
+        members: tuple[str, ...],
+        place: int,
+        compare: bool,
+        held: Sequence[Held],
+    ) -> Attempt:
+        region, block = self.checkpoints.region, self.checkpoints.shards.fragments[0].block
+        patience, stagger = self.cfg.make_up_after, self.cfg.make_up_after / 5
+        full = tuple(each for each in held if each.start < each.stop)
+        who = self.member, region.rank, region.world
+        return Attempt(prefix, body, *who, members, place, compare, block, patience, stagger, full)
+
+    def _rules(self) -> dict[str, dict[str, Any]]:
+        """What is marked by its rounds are the run's own checkpoints."""
+        cfg, own = self.cfg, f"{self.checkpoints.own_root}/{self.name}"
+        common = Rules(cfg.keep, cfg.keep_every, cfg.grace)
+        return {self.checkpoints.root: asdict(common), own: asdict(Rules(cfg.keep, 0, cfg.grace))}
+
+    def _bits(self, stored: dict[int, str]) -> dict[str, Any]:
+        where = {"after": self.checkpoints.root, "folder": self.checkpoints.bits_root}
+        return {**where, "keep": self.cfg.keep, "stored": {str(seq): attempt for seq, attempt in stored.items()}}
+
+    def answers(self) -> list[dict[str, Any]]:
+        """What this rank's uploader has said since the last call."""
+        return self.uploads.answers()
+
+    def is_common(self, answer: dict[str, Any]) -> bool:
+        return str(answer.get("prefix", "")).startswith(f"{self.checkpoints.root}/")
+
+    def close(self) -> None:
+        self.uploads.close()
