@@ -121,7 +121,7 @@ def test_an_uploader_is_killed_at_a_stage(start: Start, direct: Store, proxy: Pr
         alone.submit(1)
         until(lambda: rule.hits >= 1)
         alone.kill()
-        until(lambda: alone.uploads.pid not in (None, first))
+        until(lambda: alone.uploads.pid not in (None, first) or not alone.uploads.busy())  # it may have been faster
     assert alone.answer()["kind"] == "stored"
     committed(direct, 1, alone)
     assert copies(direct, 1) < 1.01, "and what was there is not uploaded under another name"
@@ -204,7 +204,7 @@ def test_what_passes_is_waited_for(start: Start, direct: Store, proxy: Proxy, na
         rule.hits = 0
         for member in members:
             member.submit(1)
-        until(lambda: rule.hits >= 8 if rule.do != "hang" else rule.hits >= 2)
+        until(lambda: rule.hits >= (2 if rule.do == "hang" else 4))
     assert [member.answer()["kind"] for member in members] == ["stored"] * 2
     committed(direct, 1, members[0])
 
