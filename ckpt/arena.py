@@ -41,5 +41,5 @@ class Arena:
 
         if self.size:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-            if code := int(torch.cuda.cudart().cudaHostRegister(address, self.size, 0)):  # type: ignore[no-untyped-call]
+            if code := int(torch.cuda.cudart().cudaHostRegister(address, self.size, 0)):
                 raise RuntimeError(f"cudaHostRegister of {self.size} bytes: CUDA error {code}")

@@ -132,7 +132,7 @@ def _open(bucket: str) -> Any:
     attempts = ATTEMPTS
     with suppress(TypeError, ValueError):  # None
         attempts = int(session.get_config_variable("max_attempts"))
-    options = {"allow_http": endpoint.startswith("http://"), "timeout": "30 minutes", "read_timeout": "60 seconds"}
+    options: Any = {"allow_http": endpoint.startswith("http://"), "timeout": "30 minutes", "read_timeout": "60 seconds"}
     if bundle := session.get_config_variable("ca_bundle"):
         options["root_certificate"] = Path(bundle).read_bytes()
     return S3Store(
