@@ -103,7 +103,8 @@ class Uploads:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._heard(json.loads(line))
+            if line.startswith("{") and line.endswith("}\n"):  # not a library's word, and not cut off by a kill
+                self._heard(json.loads(line))
         code = process.wait()
         with self._turn:
             self._process = None
