@@ -93,11 +93,12 @@ def is_count(value: Any) -> bool:
 def shard_record(name: str, data: bytes | memoryview, pieces: Sequence[Piece | Span]) -> dict[str, Any]:
     """What the manifest says of this shard. pieces: those of `data`, in its order."""
     view = memoryview(data)
+    chunks = [hashlib.sha256(view[begin : begin + CHUNK]).hexdigest() for begin in range(0, len(view), CHUNK)]
     return {
         "name": name,
         "bytes": len(view),
-        "sha256": hashlib.sha256(view).hexdigest(),
-        "chunks": [hashlib.sha256(view[begin : begin + CHUNK]).hexdigest() for begin in range(0, len(view), CHUNK)],
+        "sha256": chunks[0] if len(chunks) == 1 else hashlib.sha256(view).hexdigest(),
+        "chunks": chunks,
         "pieces": [{"plane": p.plane, "fragment": p.fragment, "start": p.start, "stop": p.stop} for p in pieces],
     }
 

@@ -18,8 +18,8 @@ from typing import Any
 from ckpt.format import FORMAT, decode_json, encode_json, field, is_count, is_list, require
 
 MODULUS = 1 << 256
-SHARD = 1 << 23
-"""Elements of a shard (32 MiB): what an upload holds in memory."""
+SHARD = (1 << 22) - (1 << 16)
+"""Elements of a shard, which an upload holds in memory: with a header it is one chunk of ckpt.format, and hashed once."""
 STRIP = 128
 """Blocks in a strip at most."""
 ITEM = 4

@@ -4,6 +4,7 @@ with one. The product's own exchange, the two baselines, and raw TCP run here on
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from elastic.exchange import Exchanger
 from elastic.lighthouse import ElasticConfig
 from elastic.node import Identity, Node
 from elastic.order import Order, Outcome, Party
+from elastic.security import ENVIRONMENT, Security
 from tests.bench._worker import cpu_seconds, obey
 
 RAW_SECONDS = 4.0
@@ -33,7 +35,7 @@ RAW_SECONDS = 4.0
 
 class Region:
     def __init__(self, me: int, address: str) -> None:
-        self.me, self.node = me, Node(address)
+        self.me, self.node = me, Node(address, security=Security(secret_from=f"${ENVIRONMENT}"))
         self.node.identity = Identity("bench", "{}", f"m{me}_{me}")
         self.endpoint = self.node.endpoint
         self.exchanger: Exchanger | None = None
@@ -62,12 +64,13 @@ class Region:
             self.ended.notify_all()
 
     def ours(self, endpoints: list[str], shares: list[int]) -> dict[str, Any]:
-        """One exchange: contributions are encoded, too."""
+        """One exchange as in a run: contributions are encoded, frames tagged, and announced norms checked."""
         self.attempts += 1
         key, attempt = (0, 0, self.attempts), f"a{self.attempts}"
         assert self.exchanger is not None
         self.exchanger.offer(key, self.averaging.contribution(0, 0, self.averaging.blocks(0), self.delta, self.zero))
-        parties = tuple(Party(f"m{k}_{k}", (endpoint,), 1.0) for k, endpoint in enumerate(endpoints))
+        norm = math.sqrt(self.delta.numel())  # everyone's, nearly
+        parties = tuple(Party(f"m{k}_{k}", (endpoint,), 1.0, norm) for k, endpoint in enumerate(endpoints))
         before = cpu_seconds()
         self.exchanger.start(Order(attempt, key, parties, tuple(shares), self.me))
         with self.ended:

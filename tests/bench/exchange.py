@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from elastic.plan import ownership
+from elastic.security import ENVIRONMENT
 from launch.wan import Lab, WanConfig
 from tests.bench._table import Row, at_least, at_most, number, show
 
@@ -29,7 +31,7 @@ class Wan:
     def __init__(self, lab: Lab, names: Sequence[str], module: str = "tests.bench._region") -> None:
         self.lab, self.names = lab, names
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", ENVIRONMENT: secrets.token_hex()}
         command = [sys.executable, "-m", module]
         self.processes = [
             lab.popen(name, [*command, str(k), lab.address(name)], env=env, **pipes) for k, name in enumerate(names)
