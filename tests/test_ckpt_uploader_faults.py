@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -81,8 +82,9 @@ def start(direct: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Itera
     yield all_of
     for member in started:
         member.uploads.close()
-        member.kill(signal.SIGCONT)
-        member.kill()
+        with suppress(ProcessLookupError):  # it has ended by itself
+            member.kill(signal.SIGCONT)
+            member.kill()
 
 
 def until(what: Callable[[], object], seconds: float = 60) -> None:
