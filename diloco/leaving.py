@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,13 +22,18 @@ if TYPE_CHECKING:
 
 class Signals:
     """SIGTERM, and Ctrl-C once the region is a member: it leaves before the next inner step; a second one exits at once. Rank 0
-    decides: where others hear it first, or alone, they go on until it ends."""
+    decides: where others hear it first, or alone, they go on until it ends. They are heard by a thread of its own: Python runs
+    handlers in the main thread, which may be inside a call that does not end."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.trainer: Trainer | None = None
         self._asked = self._joined = False
-        signal.signal(signal.SIGTERM, self._handle)
+        heard, self._pipe = socket.socketpair()
+        self._pipe.setblocking(False)
+        signal.set_wakeup_fd(self._pipe.fileno())  # the interpreter writes the numbers there at once
+        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
+        signal.signal(signal.SIGTERM, _heard_elsewhere)
 
     @contextmanager
     def excused(self) -> Iterator[None]:
@@ -47,9 +54,16 @@ class Signals:
 
     def joined(self) -> None:
         self._joined = True
-        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGINT, _heard_elsewhere)
 
-    def _handle(self, number: int, _: object) -> None:
+    def _listen(self, heard: socket.socket) -> None:
+        while number := heard.recv(1):
+            if signal.getsignal(number[0]) is _heard_elsewhere:
+                self._handle(number[0])
+            elif number[0] == signal.SIGTERM:  # it came just before its handler was taken away
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _handle(self, number: int) -> None:
         self._asked = True
         if self.rank != 0:
             return
@@ -67,8 +81,12 @@ class Signals:
         return None if links is None else links.control
 
 
+def _heard_elsewhere(number: int, frame: object) -> None:
+    """A handler that does nothing."""
+
+
 def _say(line: str) -> None:
-    """Not print, which the signal may have interrupted."""
+    """Not print, whose lock the main thread may hold for ever."""
     os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 

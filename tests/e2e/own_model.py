@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diloco.data import DataConfig
+from diloco.model import next_token_loss
 
 
 class Gru(nn.Module):
@@ -31,6 +32,12 @@ def smooth_loss(model: nn.Module, tokens: Tensor, smoothing: float) -> tuple[Ten
     """Cross entropy with label smoothing to differentiate, and without it to report."""
     logits, targets = model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
     return F.cross_entropy(logits, targets, label_smoothing=smoothing), F.cross_entropy(logits, targets).detach()
+
+
+def slow_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The default one, in steps that leave a save its time."""
+    time.sleep(0.1)
+    return next_token_loss(model, tokens)
 
 
 def stuck_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
