@@ -86,7 +86,8 @@ class Paces:
     """Per second."""
 
     def bound(self, schedule: Schedule) -> float:
-        """What exchanges alone leave: of the slowest region, which waits for no other; with `first` nobody does."""
+        """What exchanges alone leave: of the slowest region, which waits for no other. With `first` nobody waits for more than
+        the step that others are in: the least of all."""
         return min(self.utilization) if schedule.first else max(self.utilization)
 
 
@@ -143,10 +144,10 @@ def simulate(schedule: Schedule, steps: Sequence[float], exchanges: Sequence[flo
     """
     regions, link = [_Region(step) for step in steps], 0.0
     total, warm = cycles * schedule.fragments, cycles * schedule.fragments // 4
-    before = [(0.0, 0)] * len(regions)
+    before, began = [(0.0, 0)] * len(regions), 0.0
     for r in range(total):
         if r == warm:
-            before = [(region.now, region.done) for region in regions]
+            before, began = [(region.now, region.done) for region in regions], link
         _snapshot(regions, schedule)
         link = max(link, *(region.now for region in regions)) + exchanges[r % schedule.fragments]
         for region in regions:
@@ -156,7 +157,7 @@ def simulate(schedule: Schedule, steps: Sequence[float], exchanges: Sequence[flo
     return Paces(
         tuple(n * step / t for (t, n), step in zip(spent, steps, strict=True)),
         tuple(n / t for t, n in spent),
-        (total - warm) / max(t for t, _ in spent),
+        (total - warm) / (link - began),
     )
 
 
