@@ -76,6 +76,8 @@ def notes(
     if len(sites) > 1 and now.stored > 0.25 * now.seconds:
         part = f"{duration(now.stored)} of {duration(now.seconds)}"
         found.append(f"ckpt.durable=true: {part} of a round go into storing its bits: see docs/checkpoints.md")
+    if work.tokens and now.run_tokens is not None and now.run_tokens < 0.999 * work.tokens:
+        found.append(f"run.rounds={work.rounds} ends the run before run.tokens={work.tokens:,}: set run.rounds=null")
     return found + _checkpoint_note(plans, work, now)
 
 
