@@ -11,7 +11,7 @@ Place = Callable[[float, float], tuple[float, float]]
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 44, 56
 COLOURS = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#525252", "#b91c1c")
-DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 4", "12 4")
+DASHES = ("none", "7 4", "2 3", "9 3 2 3", "4 4", "12 4")
 """Lines are told apart without colours, too, and where they lie on each other."""
 
 
@@ -44,6 +44,7 @@ def plot(
         parts += [_rule(place, (x, 0), (x, 1)), _text(at, foot + 18, label)]
     if mark is not None:
         parts.append(_rule(place, (ticks[0][0], mark), (ticks[-1][0], mark), "#111"))
+        parts.append(_text(WIDTH - RIGHT - 4, place(ticks[0][0], mark)[1] + 14, f"{100 * mark:g} % wanted", "end"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, across))
     parts.append(_text(14, HEIGHT / 2, up, turned=True))
     for index, (name, points) in enumerate(lines):

@@ -23,11 +23,14 @@ from launch.simulating import Schedule, simulate
 from tests.bench._table import Row, number, show
 from tests.bench.overlap import OVERRIDES, REGIONS, SYNC_EVERY, WAN, Variant, play
 
+LINES = {**WAN, "up": 50e6, "down": 50e6}
+MODEL = "model.args={vocab: 256, dim: 256, layers: 8, heads: 8, kv_heads: 2, ffn: 704, tied: true}"
+"""5.7M parameters over a quarter of that bench's rate: exchanges as long, for a quarter of the CPU time."""
 PACE = 0.25
 """Seconds of a step."""
 POINTS = 5.0
 """How far a prediction may be off."""
-CYCLES = 4
+CYCLES = 3
 SETTINGS = {
     # name: (fragments, overlap, codec)
     "blocking-int8": (1, 0, "int8"),
@@ -41,17 +44,17 @@ SETTINGS = {
 
 def predicted(fragments: int, overlap: int, codec: str) -> float:
     """Compute utilization, 0 to 1."""
-    work = build_work(compose_config(["region.name=eu", *OVERRIDES]))
-    rate = WAN["up"] / 8
-    sites = [Site(name, 1, 1.0, 1.0, 1.0, rate, WAN["down"] / 8, 1) for name in REGIONS]
+    work = build_work(compose_config(["region.name=eu", *OVERRIDES, MODEL]))
+    rate = LINES["up"] / 8
+    sites = [Site(name, 1, 1.0, 1.0, 1.0, rate, LINES["down"] / 8, 1) for name in REGIONS]
     schedule = Schedule(SYNC_EVERY, fragments, overlap)
     sizes = Way(schedule, codec).encoded(work)
-    seconds = [traffic(sites, size, codec, WAN["rtt"], durable=False).seconds for size in sizes]
+    seconds = [traffic(sites, size, codec, LINES["rtt"], durable=False).seconds for size in sizes]
     return min(simulate(schedule, [PACE] * len(REGIONS), seconds).utilization)
 
 
 def measured(directory: Path, fragments: int, overlap: int, codec: str) -> float:
-    seen = play(directory, Variant(fragments, overlap, CYCLES, (f"codec={codec}",)), PACE)
+    seen = play(directory, Variant(fragments, overlap, CYCLES, (MODEL, f"codec={codec}")), PACE, LINES)
     return mean(1 - (region.waited + region.work) / region.cycle for region in seen)
 
 
