@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -45,9 +46,18 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
-def test_the_command_of_the_docs(tmp_path: Path) -> None:
-    """A real process, from elsewhere, and a picture that any viewer of SVG shows by itself."""
-    command = [sys.executable, "-m", "launch.plan", *TEN_B, "svg=plan.svg"]
+def commands(page: str) -> list[list[str]]:
+    """Arguments of every command of ours on a page of the docs."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    mark = "    python -m launch.plan "
+    return [shlex.split(line.removeprefix(mark)) for line in lines if line.startswith(mark)]
+
+
+def test_the_commands_of_the_docs(tmp_path: Path) -> None:
+    """In real processes, from elsewhere, and a picture that any viewer of SVG shows by itself."""
+    planning, failing = commands("planning.md")
+    assert failing == ["failures"]  # which test_failures runs
+    command = [sys.executable, "-m", "launch.plan", *planning, "svg=plan.svg"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done

@@ -4,7 +4,8 @@ python -m tests.bench.plan [NAME ...]     about six minutes on two cores; root
 
 Two regions as in tests.bench.overlap: the real loop, but for inner steps that are timed sleeps. The planner is told the lines'
 rates, the round trip and the length of a step. Measured: the share of the time that steps take; the rest is waiting and the
-main loop's own work (snapshots, merges, digests), which the planner does not count.
+main loop's own work (snapshots, merges, digests), which the planner does not count: on a machine that does other things as well,
+predictions come out high.
 """
 
 from __future__ import annotations
