@@ -45,7 +45,8 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """For sources of your own."""
     sources: list[Any] = field(default_factory=list)
-    """A mixture: of each source its weight, and what it has in place of the keys above: {path: DIR, weight: 0.5}."""
+    """A mixture: of each source its weight, its name for reports, and what it has in place of the keys above:
+    {name: books, weight: 0.5, path: DIR}."""
     phases: list[Any] = field(default_factory=list)
     """Later weights: {tokens: when, of all regions; weights: one for each source}."""
 
@@ -227,6 +228,8 @@ class Dataset:
     Every k-th window (k = 1 / holdout, rounded) is held out: spread evenly, and the same whatever the seed. Or the source
     has tokens for that.
     """
+
+    mixture = None
 
     def __init__(self, source: TokenSource, seq_len: int, holdout: float, seed: int) -> None:
         """Raises ConfigError if the data is too short for one training and, if holdout > 0, one held-out

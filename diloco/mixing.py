@@ -40,6 +40,11 @@ class Samples(Protocol):
     def heldout_windows(self) -> int: ...
     def batch(self, indices: Iterable[int]) -> Tensor: ...
     def heldout(self, i: int) -> np.ndarray: ...
+    @property
+    def mixture(self) -> dict[str, Any] | None:
+        """For the run's fingerprint, if there are several sources: their names, and Schedule.describe()."""
+        ...
+
     def describe(self) -> str: ...
 
 
@@ -50,7 +55,7 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
             raise ConfigError(f"data.phases={cfg.phases} has no data.sources to weigh: set these, or no phases")
         return Dataset(build_source(cfg), seq_len, cfg.holdout, seed)
     parts = [_part(cfg, k, part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)]
-    names = [str(part.get("name", part.get("path", k))) for k, part in enumerate(cfg.sources)]
+    names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
     return Mixed(parts, names, _schedule(cfg, seq_len))
 
 
@@ -113,7 +118,7 @@ class Mixed:
     """Samples of several datasets, by weight."""
 
     def __init__(self, parts: Sequence[Dataset], names: Sequence[str], schedule: Schedule) -> None:
-        self.parts, self.names, self.schedule = parts, names, schedule
+        self.parts, self.names, self.schedule = parts, list(names), schedule
         shares = [mixture.shares for mixture in schedule.mixtures]
         weighed = zip(shares[0], (part.source.bytes_per_token for part in parts), strict=True)
         self.source = MixedFacts(
@@ -154,6 +159,10 @@ class Mixed:
             fits = all(n <= limit for n, limit in zip(self._heldout.counts(middle), limits, strict=True))
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        return {"names": self.names, "phases": self.schedule.describe()}
 
     def describe(self) -> str:
         shares = self.schedule.mixtures[0].shares

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,15 @@ class Schedule:
         for k, length in enumerate(b - a for a, b in zip(self._starts, self._starts[1:], strict=False)):
             self._before.append(_add(self._before[k], self.mixtures[k].counts(length)))
 
-    def describe(self) -> list[tuple[int, list[str]]]:
-        """(first sample, shares) of each phase: equal for equal schedules only."""
+    def describe(self) -> list[Any]:
+        """[first sample, shares] of each phase, as JSON: equal for equal schedules only."""
         pairs = zip(self._starts, self.mixtures, strict=True)
-        return [(start, [str(share) for share in mixture.shares]) for start, mixture in pairs]
+        return [[start, [str(share) for share in mixture.shares]] for start, mixture in pairs]
+
+    @staticmethod
+    def of(described: Sequence[Any]) -> Schedule:
+        """The schedule that `describe` described."""
+        return Schedule([(start, [Fraction(share) for share in shares]) for start, shares in described])
 
     def locate(self, i: int) -> tuple[int, int]:
         """As Mixture's; a source's samples go on over the phases."""

@@ -119,6 +119,7 @@ class Trainer:
             "fragments": len(self.fragments),
             "codec": self.cfg.codec.name,
             "data": self.dataset.source.digest[:16],
+            "mixture": self.dataset.mixture,
             "seq_len": self.cfg.inner.seq_len,
             "outer": adamw_fingerprint(self.cfg.inner) if self.data_parallel else "nesterov",
         }

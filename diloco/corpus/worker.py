@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,7 @@ class _Shard:
 
 
 class _Progress:
-    """Tells the parent how far it is, now and then. Raises BrokenPipeError once nobody listens."""
+    """Tells the parent how far it is, now and then."""
 
     def __init__(self, task: int) -> None:
         self.task, self.bytes, self.tokens, self._next = task, 0, 0, 0.0
@@ -163,7 +164,11 @@ def _batches(items: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+    """Ends the process if nobody listens: whoever handed it the task was killed."""
+    try:
+        print(json.dumps(what), flush=True)
+    except BrokenPipeError:
+        os._exit(1)
 
 
 def main() -> int:
@@ -175,8 +180,6 @@ def main() -> int:
             progress = _Progress(order["task"])
             work(order["task"], [Piece(*piece) for piece in order["pieces"]], options, tokenizer, progress)
             say(task=order["task"], bytes=sum(piece[3] for piece in order["pieces"]), tokens=progress.tokens, done=True)
-    except BrokenPipeError:
-        return 1
     except KeyboardInterrupt:
         return 130
     except (Stopped, OSError, ConfigError) as error:
