@@ -83,6 +83,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
     print(describe(index))
     if index.skipped:
         print(f"{index.skipped:,} damaged skipped: {Path(arguments.out) / SKIPPED} names them")
+    if index.holdout and not index.heldout.names:
+        print(
+            f"no document was held out: with so few, set --holdout above {index.holdout}, or data.holdout when training"
+        )
     print(f"train on it with data=prepared data.path={arguments.out}")
     return 0
 
@@ -97,5 +101,6 @@ def describe(index: Index) -> str:
             f"{size / max(tokens, 1):.2f} bytes/token · {len(split.names):,} shards of {index.dtype[1:]}"
         )
     kind = ", ".join(index.tokenizer) or "bytes"
-    lines.append(f"vocabulary {index.vocab:,} ({kind}) · digest {index.digest[:16]}")
+    end = "nothing" if index.end is None else f"token {index.end}"
+    lines.append(f"vocabulary {index.vocab:,} ({kind}) · {end} ends documents · digest {index.digest[:16]}")
     return "\n".join(lines)
