@@ -27,6 +27,7 @@ from diloco.corpus.tokenizing import Bytes, cut, load
 from diloco.corpus.worker import held_out
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
+from tests.s3_server import BUCKET
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 ROOT = Path(__file__).parent.parent
@@ -330,6 +331,18 @@ def test_sources_come_from_any_fsspec_url(tmp_path: Path) -> None:
     found = preparing.inputs(["memory://bucket", "memory://bucket/*.txt"], tmp_path)
     assert found == [("memory:///bucket/a.txt", 3), ("memory:///bucket/deep/b.txt", 3)]
     assert list(documents(Piece(found[1][0], 0, -1, 3), "auto", "")) == [Document(1, "two")]
+
+
+def test_a_bucket_is_prepared_like_a_directory(server: str, corpus: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    for path in corpus.glob("[a-c]*"):
+        with fsspec.open(f"s3://{BUCKET}/prepare/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+    assert run("prepare", f"s3://{BUCKET}/prepare/*", tmp_path / "far", "--workers", 2) == 0
+    assert run("prepare", corpus, tmp_path / "near", "--workers", 2) == 0
+    far, near = contents(tmp_path / "far"), contents(tmp_path / "near")
+    assert far.pop("plan.json") != near.pop("plan.json") and far == near and len(far) > 5
 
 
 # ---- as a data source ----
