@@ -137,11 +137,12 @@ def _alive(node: Node, state: State) -> list[tuple[str, tuple[str, ...]]]:
     found = []
     for member in state.members.values():
         try:
-            connection, _ = node.dial(member.endpoints[0], "fetch", 10.0)
+            connection, hello = node.dial(member.endpoints[0], "fetch", 10.0)
         except OSError:
             continue  # a member of an earlier life
         node.release(connection)
-        found.append((member.id, member.endpoints))
+        if hello["member"] == member.id:  # or somebody, maybe this rank itself, has its port now
+            found.append((member.id, member.endpoints))
     return found
 
 
