@@ -29,6 +29,9 @@ SHORT = [
 SMALL = ["model.args={vocab: 256, dim: 64, layers: 4, heads: 4, kv_heads: 2, ffn: 128, tied: true}", *SHORT]
 """Overrides for a run that costs milliseconds a step: 118,016 parameters, 2 blocks."""
 
+SLOW_STEPS = "model.loss=tests.e2e.own_model.slow_loss"
+"""A save is done before the next round is, or nearly always."""
+
 
 @contextmanager
 def gateway(port: int, *options: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e.cluster import Cluster, RegionProcess
+from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess
 from tests.e2e.test_trajectories import Wire, check, load, merged
 
 DECAY = 0.9
@@ -65,7 +65,7 @@ def test_everything_is_killed_with_fragments_in_flight(cluster: Cluster, nproc: 
     """And comes back, one region on other ranks: θ, momentum, residuals and local parameters go on bit for bit as numpy says,
     no sample is trained on twice, and the schedule does not go back."""
     settings = [f"run.rounds={ROUNDS}", "elastic.start_regions=2", "inner.schedule=wsd"]
-    before = [start(cluster, name, *settings) for name in ("eu", "us")]
+    before = [start(cluster, name, *settings, SLOW_STEPS) for name in ("eu", "us")]
     cluster.kill_when(lambda: in_flight(cluster, "eu", "us"), *before)
     newest = rounds(cluster)[-1]["seq"]
     after = [start(cluster, "eu", *settings, nproc=nproc), start(cluster, "us", *settings)]

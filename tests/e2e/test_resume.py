@@ -8,12 +8,10 @@ import signal
 
 import pytest
 
-from tests.e2e.cluster import Cluster, RegionProcess, children, parent
+from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess, children, parent
 
 BASE = ["outer.sync_every=8", "run.rounds=10", "inner.schedule=wsd"]
 TWO = [*BASE, "elastic.start_regions=2"]
-SLOW = "model.loss=tests.e2e.own_model.slow_loss"
-"""A save is done before the next round is, or nearly always."""
 
 
 def digests(cluster: Cluster, region: str) -> list[str]:
@@ -37,7 +35,8 @@ def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, frag
     second = Cluster(tmp_path / "second")
     try:
         second.kill_when(
-            lambda: second.rounds() >= 3 and second.inner_states_saved("eu", "us"), *start_two(second, override, SLOW)
+            lambda: second.rounds() >= 3 and second.inner_states_saved("eu", "us"),
+            *start_two(second, override, SLOW_STEPS),
         )
         start_two(second, override)
         second.finish()
@@ -69,7 +68,7 @@ def test_another_shape_goes_on(cluster: Cluster) -> None:
 
 def test_one_region_resumes_its_own_run(cluster: Cluster) -> None:
     """FSDP 4 and then one rank: inner state comes back through flat space, so the curves agree to fp32 noise."""
-    eu = cluster.start("eu", *BASE, SLOW, nproc=4)
+    eu = cluster.start("eu", *BASE, SLOW_STEPS, nproc=4)
     cluster.kill_when(lambda: cluster.rounds() >= 3 and cluster.inner_states_saved("eu"), eu)
     cluster.start("eu", *BASE)
     cluster.finish()
