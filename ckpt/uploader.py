@@ -103,9 +103,8 @@ def run(store: Store, arena: memoryview, job: dict[str, Any]) -> Iterable[dict[s
         uploads = [Upload(store, arena, attempt, job["until"], pool, hashing) for attempt in attempts]
         outcomes = [_tried(upload) for upload in uploads]
         won = []
-        for upload, failed in reversed(
-            [*zip(uploads, outcomes, strict=True)]
-        ):  # a region's own first: it waits for nobody
+        tried = [*zip(uploads, outcomes, strict=True)]
+        for upload, failed in reversed(tried):  # a region's own first: it waits for nobody
             outcome = failed or _met(upload)
             won += [upload.attempt.prefix.rpartition("/")[0]] if outcome.mine else []
             numbers = {"bytes": upload.sent, "seconds": time.monotonic() - job["since"], "took": upload.took}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import time
 
@@ -41,9 +42,11 @@ def slow_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stuck_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """An inner step that does not end."""
+    """An inner step inside a native call that does not end, and that no signal interrupts: a mutex locked twice."""
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
     print("stuck", flush=True)
-    time.sleep(600)
+    libc.pthread_mutex_lock(mutex)
     raise AssertionError("nobody ended this process")
 
 

@@ -35,7 +35,7 @@ def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, frag
     second = Cluster(tmp_path / "second")
     try:
         second.kill_when(
-            lambda: second.rounds() >= 3 and second.inner_states_saved("eu", "us"),
+            lambda: second.rounds() >= 5 and second.inner_states_saved("eu", "us"),
             *start_two(second, override, SLOW_STEPS),
         )
         start_two(second, override)
@@ -69,7 +69,7 @@ def test_another_shape_goes_on(cluster: Cluster) -> None:
 def test_one_region_resumes_its_own_run(cluster: Cluster) -> None:
     """FSDP 4 and then one rank: inner state comes back through flat space, so the curves agree to fp32 noise."""
     eu = cluster.start("eu", *BASE, SLOW_STEPS, nproc=4)
-    cluster.kill_when(lambda: cluster.rounds() >= 3 and cluster.inner_states_saved("eu"), eu)
+    cluster.kill_when(lambda: cluster.rounds() >= 4 and cluster.inner_states_saved("eu"), eu)
     cluster.start("eu", *BASE)
     cluster.finish()
     state = cluster.state()
