@@ -25,7 +25,7 @@ from ckpt.parts import ITEM, Attempt, Held, Part
 from ckpt.retention import Rules, collect
 from ckpt.store import Store, StoreError
 
-UPLOADS = 6
+UPLOADS = 3
 """Shards that are uploaded at once: so many are in memory."""
 NICE = 10
 
