@@ -23,9 +23,10 @@ from ckpt.store import Store, StoreError
 from diloco import checkpointing, inner, parallel, tracker
 from diloco.checkpointing import CkptConfig
 from diloco.codec import CODECS, CodecConfig
-from diloco.data import DataConfig, Dataset, build_source
+from diloco.data import DataConfig
 from diloco.errors import ConfigError
 from diloco.inner import InnerConfig
+from diloco.mixing import build_samples
 from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
 from diloco.tracker import TrackerConfig
@@ -193,9 +194,8 @@ def validate(cfg: Config, world: int) -> None:
     _validate_network(cfg)
     if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
         raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
-    source = build_source(cfg.data)
-    Dataset(source, cfg.inner.seq_len, cfg.data.holdout, cfg.run.seed)
-    _validate_model(cfg, source.vocab)
+    samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
+    _validate_model(cfg, samples.source.vocab)
 
 
 def _validate_network(cfg: Config) -> None:

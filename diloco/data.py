@@ -44,6 +44,11 @@ class DataConfig:
     """Share of the windows that is kept for evaluation, 0 to 0.5."""
     args: dict[str, Any] = field(default_factory=dict)
     """For sources of your own."""
+    sources: list[Any] = field(default_factory=list)
+    """A mixture: of each source its weight, its name for reports, and what it has in place of the keys above:
+    {name: books, weight: 0.5, path: DIR}."""
+    phases: list[Any] = field(default_factory=list)
+    """Later weights: {tokens: when, of all regions; weights: one for each source}."""
 
 
 class Tokens(Protocol):
@@ -72,7 +77,9 @@ class TokenSource(Protocol):
         ...
 
     @property
-    def tokens(self) -> Tokens: ...
+    def tokens(self) -> Tokens:
+        """To train on. A source may also have `heldout`, Tokens that never are; `data.holdout` has to be 0 then."""
+        ...
 
 
 def build_source(cfg: DataConfig) -> TokenSource:
@@ -93,34 +100,36 @@ def build_source(cfg: DataConfig) -> TokenSource:
 
 
 @lru_cache(maxsize=4096)
-def _mapped(path: Path) -> np.ndarray:
-    return np.memmap(path, dtype=np.uint8, mode="r")
+def _mapped(path: Path | str, dtype: str) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
 class FileTokens:
-    """The bytes of many files as one uint8 array; files are memory-mapped when they are first read."""
+    """Many files as one array; files are memory-mapped when they are first read."""
 
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: Sequence[Path | str], sizes: Sequence[int], dtype: str = "u1") -> None:
+        """sizes: elements of each file, none of them 0."""
+        self._paths, self._dtype = list(paths), dtype
         self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """uint8 [stop - start]; slices of step 1 only."""
+        """dtype [stop - start]; slices of step 1 only. Raises OSError if a file is not as long as it was."""
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read in slices of step 1")
         parts = []
         file = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            end = int(self._ends[file])
-            data = _mapped(self._paths[file])
-            offset = start - (end - len(data))
-            parts.append(data[offset : offset + min(stop, end) - start])
+            begin, end = int(self._ends[file - 1]) if file else 0, int(self._ends[file])
+            data = _mapped(self._paths[file], self._dtype)
+            if len(data) != end - begin:
+                raise OSError(f"{self._paths[file]} has {len(data):,} tokens, and had {end - begin:,}: copy it again")
+            parts.append(data[start - begin : min(stop, end) - begin])
             start, file = end, file + 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=self._dtype)
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,7 @@ def permute(i: int, n: int, seed: int) -> int:
     if not 0 <= i < n:
         raise ValueError(f"{i} is not in range({n})")
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = [_mix(seed + k) for k in range(_FEISTEL_ROUNDS)]
+    keys = [splitmix(seed + k) for k in range(_FEISTEL_ROUNDS)]
     i = _feistel(i, half, keys)
     while i >= n:
         i = _feistel(i, half, keys)
@@ -201,11 +210,11 @@ def _feistel(i: int, half: int, keys: Sequence[int]) -> int:
     mask = (1 << half) - 1
     left, right = i >> half, i & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (splitmix(right ^ key) & mask)
     return left << half | right
 
 
-def _mix(x: int) -> int:
+def splitmix(x: int) -> int:
     """splitmix64 (Steele, Lea and Flood 2014): 64 bits in, 64 well-mixed bits out."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
@@ -216,8 +225,11 @@ def _mix(x: int) -> int:
 class Dataset:
     """Samples of a source by global index, and its held-out windows.
 
-    Every k-th window (k = 1 / holdout, rounded) is held out: spread evenly, and the same whatever the seed.
+    Every k-th window (k = 1 / holdout, rounded) is held out: spread evenly, and the same whatever the seed. Or the source
+    has tokens for that.
     """
+
+    mixture = None
 
     def __init__(self, source: TokenSource, seq_len: int, holdout: float, seed: int) -> None:
         """Raises ConfigError if the data is too short for one training and, if holdout > 0, one held-out
@@ -229,6 +241,11 @@ class Dataset:
         windows = max(0, (len(source.tokens) - 1) // seq_len)
         self.heldout_windows = windows // self._every if self._every else 0
         self.train_windows = windows - self.heldout_windows
+        self._heldout: Tokens | None = getattr(source, "heldout", None)
+        if self._heldout is not None:
+            if holdout:
+                raise ConfigError(f"data.holdout={holdout}, but the data has documents held out already: set it to 0")
+            self.heldout_windows = max(0, (len(self._heldout) - 1) // seq_len)
         needed = max(1, self._every)
         if windows < needed:
             raise ConfigError(
@@ -241,8 +258,8 @@ class Dataset:
         """int64 [seq_len + 1]: the training sample of a global index >= 0; epochs follow each other without
         end."""
         epoch, i = divmod(index, self.train_windows)
-        t = permute(i, self.train_windows, _mix(self.seed ^ _mix(epoch)))
-        return self._window(t + t // (self._every - 1) if self._every else t)
+        t = permute(i, self.train_windows, splitmix(self.seed ^ splitmix(epoch)))
+        return self._window(t + t // (self._every - 1) if self._every else t, self.source.tokens)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]: the training samples of n global indices."""
@@ -252,8 +269,21 @@ class Dataset:
         """int64 [seq_len + 1]: held-out window i. Raises IndexError unless 0 <= i < heldout_windows."""
         if not 0 <= i < self.heldout_windows:
             raise IndexError(f"held-out window {i} of {self.heldout_windows}")
-        return self._window(i * self._every + self._every - 1)
+        if self._heldout is not None:
+            return self._window(i, self._heldout)
+        return self._window(i * self._every + self._every - 1, self.source.tokens)
 
-    def _window(self, w: int) -> np.ndarray:
+    def describe(self) -> str:
+        return f"{self.train_windows:,} training sequences, {self.heldout_windows:,} held out"
+
+    def _window(self, w: int, tokens: Tokens) -> np.ndarray:
         start = w * self.seq_len
-        return np.asarray(self.source.tokens[start : start + self.seq_len + 1], dtype=np.int64)
+        return np.asarray(tokens[start : start + self.seq_len + 1], dtype=np.int64)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from diloco.corpus.command import serve
+
+    sys.exit(serve(sys.argv[1:]))

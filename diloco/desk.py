@@ -17,7 +17,7 @@ READS = {
     "show": "RUN: its entries, one a line, and where it stands",
     "verify": "RUN: folds all entries, and checks stored bits and checkpoints against them",
     "replay": "RUN [--from SEQ] [--to SEQ]: rebuilds θ and momentum from a checkpoint and the rounds' bits, and checks them",
-    "tokens": "RUN: tokens applied, dropped, leased and returned, region by region",
+    "tokens": "RUN: tokens applied, dropped, leased and returned, region by region and source by source",
 }
 """Verb -> what follows it."""
 
@@ -103,7 +103,7 @@ def _replay(store: Store, name: str, rest: Sequence[str]) -> int:
 
 def _tokens(store: Store, name: str, rest: Sequence[str]) -> int:
     state, counts = tally.tally(_journal(store, name)[1])
-    print("\n".join(tally.table(state, counts)))
+    print("\n".join([*tally.table(state, counts), *tally.by_source(state)]))
     if wrong := tally.differs(state, counts):
         raise JournalError(wrong)
     return 0

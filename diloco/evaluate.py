@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from diloco.data import Dataset
 from diloco.inner import Loss
+from diloco.mixing import Samples
 from diloco.parallel import Region
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss: Loss, dataset: Dataset, region: Region, sequences: int, micro_batch: int
+    model: nn.Module, loss: Loss, dataset: Samples, region: Region, sequences: int, micro_batch: int
 ) -> tuple[float, int]:
     """Mean nll (nats per token) of the model as it is over the first held-out sequences, and how many tokens that is.
     Every rank takes part in every forward, so the sequences are rounded up to a multiple of the ranks. micro_batch:

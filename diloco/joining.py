@@ -187,7 +187,8 @@ _MEANS = {
     "parameters": "the number of parameters (model.args)",
     "fragments": "outer.fragments",
     "codec": "codec",
-    "data": "the digest of the data (data.path)",
+    "data": "the digest of the data (data.path, data.sources)",
+    "mixture": "the names and weights of data.sources and data.phases",
     "seq_len": "inner.seq_len",
     "outer": "outer.optimizer, with the numbers of inner that an outer AdamW takes,",
 }

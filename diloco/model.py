@@ -94,9 +94,21 @@ def rope_table(args: LlamaArgs, length: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x [B, T, heads, head_dim] by rope [T, head_dim/2], in fp32; dtype as x."""
+    """Turn neighbouring pairs of x [B, T, heads, head_dim] by rope [T, head_dim/2] or [B, T, head_dim/2], in fp32; dtype
+    as x."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rope[..., None, :]).flatten(-2).to(x.dtype)
+
+
+def packed(tokens: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Of rows of documents, each up to and with a token `end`, int64 [B, T]: each token's place in its document, int64
+    [B, T], and which tokens it may look at, bool [B, 1, T, T]: those of its document that are not after it."""
+    ends = tokens == end
+    document = ends.cumsum(1) - ends.long()
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    begins = ends.roll(1, 1).long() * places  # the roll brings the last one to place 0, where it counts 0
+    same = document[:, :, None] == document[:, None, :]
+    return places - begins.cummax(1).values, (same & (places[:, None] >= places))[:, None]
 
 
 class Attention(nn.Module):
@@ -110,12 +122,12 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.kv_heads * args.head_dim)
         self.wo = Linear(args.heads * args.head_dim, args.dim, out_std)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
         # As many heads as the projections give: under tensor parallelism each rank has its share of them.
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
         gqa = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
 
@@ -142,8 +154,8 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.ffn = FeedForward(args, out_std)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -160,12 +172,16 @@ class Llama(nn.Module):
         if args.tied:
             self.output.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, vocab] in the compute dtype, of tokens int64 [B, T]."""
-        rope = rope_table(self.args, tokens.shape[1], tokens.device)
+    def forward(self, tokens: Tensor, end: int | None = None) -> Tensor:
+        """Logits [B, T, vocab] in the compute dtype, of tokens int64 [B, T]. end: token after which a new document begins,
+        as if it were alone; None: all is one document."""
+        rope, mask = rope_table(self.args, tokens.shape[1], tokens.device), None
+        if end is not None:
+            places, mask = packed(tokens, end)
+            rope = rope[places]
         x = self.embed(tokens)
         for block in self.layers:
-            x = block(x, rope)
+            x = block(x, rope, mask)
         return self.output(self.norm(x))
 
 
@@ -183,13 +199,17 @@ def build_llama(**args: Any) -> Llama:
     return Llama(shape)
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each token given those before it.
+def next_token_loss(
+    model: nn.Module, tokens: Tensor, z_loss: float = 0.0, end: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each token given those before it; end: of its document alone, if that token ends documents
+    (model.loss_args.end).
 
     tokens: int64 [B, T+1]. Returns fp32 scalars (objective, nll): nll is the mean in nats per token,
     detached; differentiate objective = nll + z_loss * mean(log(Z)^2) (PaLM, arXiv 2204.02311, section 5).
     """
-    logits = model(tokens[:, :-1]).flatten(0, 1).float()
+    inputs = tokens[:, :-1]
+    logits = (model(inputs) if end is None else model(inputs, end)).flatten(0, 1).float()
     targets = tokens[:, 1:].flatten()
     nll = F.cross_entropy(logits, targets)
     if not z_loss:

@@ -9,6 +9,7 @@ from typing import Any
 
 from diloco.fold import fold
 from diloco.lineage import origin
+from diloco.mixture import Schedule
 from diloco.state import State
 
 COLUMNS = ("applied", "mix", "norm", "skip", "leased", "returned")
@@ -77,8 +78,33 @@ def table(state: State, counts: Counts) -> list[str]:
     rows = [(region, [counts[region, column] for column in COLUMNS]) for region in regions]
     rows.append(("all", [sum(values) for values in zip(*(row for _, row in rows), strict=True)] or [0] * len(COLUMNS)))
     head = ("tokens", "applied", "dropped: mix", "dropped: norm", "dropped: skip", "leased", "returned", "handed out")
-    cells = [head, *((name, *(f"{n * seq_len:,}" for n in (*row, sum(row)))) for name, row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    return _columns([head, *((name, *(f"{n * seq_len:,}" for n in (*row, sum(row)))) for name, row in rows)])
+
+
+def by_source(state: State) -> list[str]:
+    """Lines, in tokens: what each source of a mixture gave, all regions together. Nothing if there is no mixture."""
+    if not (mixture := state.fingerprint.get("mixture")):
+        return []
+    schedule, seq_len = Schedule.of(mixture["phases"]), state.settings.seq_len
+    leased = [(lease.applied, lease.stop) for member in state.members.values() for lease in member.leases]
+    given = [(0, state.ledger.cursor)], leased, [(back.start, back.stop) for back in state.ledger.pool]
+    handed, held, returned = (_of_ranges(schedule, ranges) for ranges in given)
+    rows = [
+        (name, *(f"{n * seq_len:,}" for n in (all_of_it - out - back, out, back, all_of_it)))
+        for name, all_of_it, out, back in zip(mixture["names"], handed, held, returned, strict=True)
+    ]
+    return _columns([("source", "applied or dropped", "leased", "returned", "handed out"), *rows])
+
+
+def _of_ranges(schedule: Schedule, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """Samples of each source in [start, stop) ranges."""
+    counts = [zip(schedule.counts(stop), schedule.counts(start), strict=True) for start, stop in ranges]
+    nothing = [0] * len(schedule.counts(0))
+    return [sum(column) for column in zip(nothing, *([a - b for a, b in pairs] for pairs in counts), strict=True)]
+
+
+def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in cells]
 
 

@@ -21,7 +21,6 @@ from diloco.clock import Clock
 from diloco.codec import build_codec, compiles
 from diloco.config import Config, build_module, load
 from diloco.control import Control, Order, Status
-from diloco.data import Dataset, build_source
 from diloco.dataparallel import adamw_fingerprint, adamw_of, read_gradient
 from diloco.evaluate import evaluate
 from diloco.fold import PROTOCOL, State, fold
@@ -32,6 +31,7 @@ from diloco.keeping import among_all, hear, save
 from diloco.ledger import LeaseReader
 from diloco.lending import Lender
 from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
+from diloco.mixing import build_samples
 from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Bits, Planes
 from diloco.report import Reporter
@@ -70,9 +70,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, region: Region) -> None:
         self.cfg, self.region = cfg, region
-        self.source = build_source(cfg.data)
-        self.dataset = Dataset(self.source, cfg.inner.seq_len, cfg.data.holdout, cfg.run.seed)
-        self.model = build_model(cfg, region, self.source.vocab)
+        self.dataset = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
+        self.model = build_model(cfg, region, self.dataset.source.vocab)
         shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
         self.fragments = group_parameters(shapes, layer_of(self.model), cfg.outer.fragments)
         self.inner = Inner(cfg.inner, self.model, load_loss(cfg), region)
@@ -87,7 +86,7 @@ class Trainer:
         self.averaging = build_averaging(cfg, self.planes, self.compiled)
         self.lender = Lender(self.shards, self.inner)
         self.reader = LeaseReader()
-        self.report = Reporter(cfg, region, self.source.bytes_per_token)
+        self.report = Reporter(cfg, region, self.dataset.source.bytes_per_token)
         self.clock = Clock(len(self.fragments))
         self.snapshots: dict[int, Snapshot] = {}
         """Fragment -> what this region put into its round, which is in flight."""
@@ -119,7 +118,8 @@ class Trainer:
             "parameters": self.parameters,
             "fragments": len(self.fragments),
             "codec": self.cfg.codec.name,
-            "data": self.source.digest[:16],
+            "data": self.dataset.source.digest[:16],
+            "mixture": self.dataset.mixture,
             "seq_len": self.cfg.inner.seq_len,
             "outer": adamw_fingerprint(self.cfg.inner) if self.data_parallel else "nesterov",
         }

@@ -48,6 +48,7 @@ PURE = {
     "diloco/lineage.py",
     "diloco/losing.py",
     "diloco/merging.py",
+    "diloco/mixture.py",
     "diloco/norms.py",
     "diloco/outer.py",
     "diloco/planes.py",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from hypothesis import given, settings
@@ -12,7 +14,8 @@ from diloco.fold import counters
 from diloco.ledger import LeaseReader, Returned
 from diloco.lineage import on_path, path_of, rounds_after, spans
 from diloco.losing import Search
-from diloco.tally import COLUMNS, differs, table, tally
+from diloco.mixture import Schedule
+from diloco.tally import COLUMNS, by_source, differs, table, tally
 from tests.test_journal import ACTIONS, Log, answer, check_ledger, joining, opening, two_regions
 
 
@@ -223,3 +226,20 @@ def test_the_tally_sums_to_what_was_handed_out_and_is_the_ledgers(actions: list,
             ledger.applied, ledger.dropped, ledger.rejected, ledger.skipped,
         ]  # fmt: skip
         assert len(table(state, counts)) == 2 + len({region for region, _ in counts})
+
+
+def test_sources_sum_to_what_was_handed_out_sample_by_sample() -> None:
+    log = two_regions()
+    log.add(log.round(answer("eu_1", (0, 5))))
+    log.add({"kind": "leave", "member": "us_1"})
+    state, schedule = log.state, Schedule([(0, [Fraction(2), Fraction(1)]), (25, [Fraction(0), Fraction(1)])])
+    assert by_source(state) == []
+    mixture = {"names": ["web", "books"], "phases": json.loads(json.dumps(schedule.describe()))}
+    state = replace(state, fingerprint={**state.fingerprint, "mixture": mixture})
+    held = [i for m in state.members.values() for x in m.leases for i in range(x.applied, x.stop)]
+    back = [i for r in state.ledger.pool for i in range(r.start, r.stop)]
+    assert held and back
+    for source, line in enumerate(by_source(state)[1:]):
+        of = [sum(schedule.locate(i)[0] == source for i in some) for some in (held, back, range(state.ledger.cursor))]
+        expected = [of[2] - of[0] - of[1], *of]
+        assert line.split() == [mixture["names"][source], *(f"{n * state.settings.seq_len:,}" for n in expected)]

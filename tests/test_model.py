@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diloco.errors import ConfigError
-from diloco.model import Llama, build_llama, flops_per_token, llama_plan, next_token_loss, rope_table, rotate
+from diloco.model import Llama, build_llama, flops_per_token, llama_plan, next_token_loss, packed, rope_table, rotate
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 SMALL: dict[str, Any] = {"vocab": 64, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}
@@ -36,6 +38,11 @@ def count(model: torch.nn.Module) -> int:
 
 def tokens(batch: int = 3, length: int = 17, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _rectangle(rows: list[list[int]]) -> list[list[int]]:
+    width = max(map(len, rows))
+    return [row + [5] * (width - len(row)) for row in rows]
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
@@ -146,3 +153,30 @@ def test_missing_argument() -> None:
 def test_tp_that_does_not_divide(tp: int, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"parallel\.tp={tp} does not divide model\.args\.{key}={SMALL[key]}"):
         llama_plan(small(), tp)
+
+
+@given(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=5), min_size=1, max_size=3).map(_rectangle))
+def test_packed_is_documents_side_by_side(rows: list[list[int]]) -> None:
+    """Against each pair of places by itself; 0 ends documents."""
+    places, mask = packed(torch.tensor(rows), 0)
+    for b, row in enumerate(rows):
+        for t in range(len(row)):
+            begin = max((u + 1 for u in range(t) if row[u] == 0), default=0)
+            assert places[b, t] == t - begin
+            assert mask[b, 0, t].tolist() == [begin <= u <= t for u in range(len(row))]
+
+
+def test_packed_documents_are_as_if_each_was_alone() -> None:
+    model, row = small().double(), tokens(1, 40)[0] % 63 + 1
+    row[[6, 7, 20, 39]] = 0
+    other = tokens(1, 40, seed=2)[0]
+    other[11] = 0
+    together = model(torch.stack([row, other]), end=0)
+    for b, begin, stop in [(0, 0, 7), (0, 7, 8), (0, 8, 21), (0, 21, 40), (1, 0, 12)]:
+        alone = model(torch.stack([row, other])[b : b + 1, begin:stop])
+        torch.testing.assert_close(together[b : b + 1, begin:stop], alone, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(together[0, 8:21], model(row[None])[0, 8:21], atol=1e-3), "or it shows nothing"
+    batch = torch.stack([row, other])
+    nll = next_token_loss(model, batch, end=0)[1]
+    expected = F.cross_entropy(together[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+    torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)

@@ -69,7 +69,7 @@ class Interleaved(Trainer):
 
     def __init__(self, cfg: Config, region: Region) -> None:
         super().__init__(cfg, region)
-        self.bare = Bare(cfg, region, self.dataset, self.source.vocab)
+        self.bare = Bare(cfg, region, self.dataset, self.dataset.source.vocab)
         self.bare.block()
         self.threads = set(os.listdir("/proc/self/task"))
         self.blocks: dict[str, list[float]] = {"loop": [], "bare": [], "others": []}

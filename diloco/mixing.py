@@ -1,0 +1,178 @@
+"""Training samples of one source, or of several by weight: what `data` asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diloco.data import DataConfig, Dataset, build_source, splitmix
+from diloco.errors import ConfigError
+from diloco.mixture import Mixture, Schedule
+
+
+class Facts(Protocol):
+    """What one has to know of data, without its tokens; as in diloco.data.TokenSource."""
+
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def bytes_per_token(self) -> float: ...
+    @property
+    def digest(self) -> str: ...
+
+
+class Samples(Protocol):
+    """Training samples by global index, and held-out windows: as in diloco.data.Dataset."""
+
+    @property
+    def source(self) -> Facts: ...
+    @property
+    def train_windows(self) -> int: ...
+    @property
+    def heldout_windows(self) -> int: ...
+    def batch(self, indices: Iterable[int]) -> Tensor: ...
+    def heldout(self, i: int) -> np.ndarray: ...
+    @property
+    def mixture(self) -> dict[str, Any] | None:
+        """For the run's fingerprint, if there are several sources: their names, and Schedule.describe()."""
+        ...
+
+    def describe(self) -> str: ...
+
+
+def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
+    """The samples that `data` asks for. Raises ConfigError."""
+    if not cfg.sources:
+        if cfg.phases:
+            raise ConfigError(f"data.phases={cfg.phases} has no data.sources to weigh: set these, or no phases")
+        return Dataset(build_source(cfg), seq_len, cfg.holdout, seed)
+    parts = [_part(cfg, k, part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)]
+    names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
+    return Mixed(parts, names, _schedule(cfg, seq_len))
+
+
+def _part(cfg: DataConfig, k: int, part: Any, seq_len: int, seed: int) -> Dataset:
+    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
+    if not isinstance(part, Mapping) or "weight" not in part:
+        raise ConfigError(f"data.sources[{k}]={part} has no weight: write it as {{path: DIR, weight: 0.5}}")
+    own = {key: value for key, value in part.items() if key not in ("weight", "name")}
+    if unknown := sorted(own.keys() - known):
+        raise ConfigError(
+            f"data.sources[{k}].{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}"
+        )
+    try:
+        one = replace(cfg, sources=[], phases=[], **own)
+        return Dataset(build_source(one), seq_len, one.holdout, seed)
+    except ConfigError as error:
+        raise ConfigError(f"data.sources[{k}]: {error}") from error
+
+
+def _schedule(cfg: DataConfig, seq_len: int) -> Schedule:
+    """data.phases count tokens of all regions; a phase begins with the first sample that begins at its token or later."""
+    phases = [(0, _weights("data.sources", [part["weight"] for part in cfg.sources]))]
+    for k, phase in enumerate(cfg.phases):
+        key = f"data.phases[{k}]"
+        if not isinstance(phase, Mapping) or phase.keys() != {"tokens", "weights"}:
+            raise ConfigError(f"{key}={phase} is not a phase: write it as {{tokens: 1000000, weights: [1, 2]}}")
+        start, weights = phase["tokens"], phase["weights"]
+        if not isinstance(start, int) or -(-start // seq_len) <= phases[-1][0]:
+            raise ConfigError(
+                f"{key}.tokens={start} is not after the phase before: set it to a larger number of tokens"
+            )
+        if not isinstance(weights, Sequence) or len(weights) != len(cfg.sources):
+            raise ConfigError(
+                f"{key}.weights={weights}: set it to a list of {len(cfg.sources)} weights, one for each source"
+            )
+        phases.append((-(-start // seq_len), _weights(key, weights)))
+    return Schedule(phases)
+
+
+def _weights(key: str, weights: Sequence[Any]) -> list[Fraction]:
+    """Exact, as they are written: 0.1 is a tenth."""
+    try:
+        exact = [Fraction(str(weight)) for weight in weights]
+        Mixture(exact)
+        return exact
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"{key}: the weights {weights} are no mixture: set them to 0 or more, one of them above 0"
+        ) from None
+
+
+@dataclass(frozen=True)
+class MixedFacts:
+    vocab: int
+    bytes_per_token: float
+    digest: str
+
+
+class Mixed:
+    """Samples of several datasets, by weight."""
+
+    def __init__(self, parts: Sequence[Dataset], names: Sequence[str], schedule: Schedule) -> None:
+        self.parts, self.names, self.schedule = parts, list(names), schedule
+        shares = [mixture.shares for mixture in schedule.mixtures]
+        weighed = zip(shares[0], (part.source.bytes_per_token for part in parts), strict=True)
+        self.source = MixedFacts(
+            max(part.source.vocab for part in parts),
+            sum(float(share) * size for share, size in weighed),
+            _digest(parts, schedule),
+        )
+        self.train_windows = sum(part.train_windows for part in parts)
+        self._held = [s for s, part in enumerate(parts) if part.heldout_windows and shares[0][s]]
+        self._heldout = Mixture([shares[0][s] for s in self._held]) if self._held else None
+        self.heldout_windows = self._heldout_length()
+
+    def sample(self, index: int) -> np.ndarray:
+        """int64 [seq_len + 1]: the training sample of a global index >= 0."""
+        source, i = self.schedule.locate(index)
+        return self.parts[source].sample(i)
+
+    def batch(self, indices: Iterable[int]) -> Tensor:
+        """int64 [n, seq_len + 1]: the training samples of n global indices."""
+        return torch.from_numpy(np.stack([self.sample(index) for index in indices]))
+
+    def heldout(self, i: int) -> np.ndarray:
+        """int64 [seq_len + 1]: held-out windows of all sources that have some, by their first weights. Raises IndexError."""
+        if not 0 <= i < self.heldout_windows:
+            raise IndexError(f"held-out window {i} of {self.heldout_windows}")
+        assert self._heldout is not None
+        source, j = self._heldout.locate(i)
+        return self.parts[self._held[source]].heldout(j)
+
+    def _heldout_length(self) -> int:
+        """Up to the first that its source does not have."""
+        if self._heldout is None:
+            return 0
+        limits = [self.parts[s].heldout_windows for s in self._held]
+        low, high = 0, sum(limits)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = all(n <= limit for n, limit in zip(self._heldout.counts(middle), limits, strict=True))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        return {"names": self.names, "phases": self.schedule.describe()}
+
+    def describe(self) -> str:
+        shares = self.schedule.mixtures[0].shares
+        parts = [
+            f"{name} {100 * float(share):.3g} % ({part.train_windows:,})"
+            for name, share, part in zip(self.names, shares, self.parts, strict=True)
+        ]
+        return f"training sequences of {', '.join(parts)}, {self.heldout_windows:,} held out"
+
+
+def _digest(parts: Sequence[Dataset], schedule: Schedule) -> str:
+    seen = [[part.source.digest, part.train_windows] for part in parts]
+    return hashlib.sha256(json.dumps([seen, schedule.describe()]).encode()).hexdigest()
