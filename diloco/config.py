@@ -186,8 +186,7 @@ def validate(cfg: Config, world: int) -> None:
     """Raises ConfigError for anything that cannot work, without touching a socket or a device, or writing a file."""
     _validate_run(cfg)
     _validate_places(cfg)
-    _validate_codec(cfg.codec)
-    _validate_outer(cfg)
+    validate_method(cfg)
     tracker.validate(cfg.tracker)
     parallel.validate(cfg.parallel, world)
     inner.validate(cfg.inner, world // cfg.parallel.tp)
@@ -196,6 +195,12 @@ def validate(cfg: Config, world: int) -> None:
         raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
     _validate_model(cfg, samples.source.vocab)
+
+
+def validate_method(cfg: Config) -> None:
+    """Of codec, outer step and membership alone: what a plan needs to be right. Raises ConfigError."""
+    _validate_codec(cfg.codec)
+    _validate_outer(cfg)
 
 
 def _validate_network(cfg: Config) -> None:

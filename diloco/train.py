@@ -8,34 +8,23 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import NoReturn
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns at every exit of a healthy job; read at import
 
 import hydra
-from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from diloco.config import Config, explain, from_dict, validate
+from diloco.composing import compose_config
+from diloco.config import Config, explain, validate
 from diloco.errors import ConfigError
 
 FLAGS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info")
 """Hydra's flags that print something and exit."""
 SPEAKER_SECONDS = 10.0
 """How long the other ranks leave the word to rank 0."""
-
-
-def compose_config(overrides: list[str]) -> Config:
-    """The config that Hydra makes of the overrides, as dataclasses. Raises ConfigError with one sentence."""
-    try:
-        with initialize_config_module("configs", version_base="1.3"):
-            composed = compose("config", overrides=overrides)
-        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise explain(error, overrides) from error
-    return from_dict(values)
 
 
 def run(cfg: Config) -> int:

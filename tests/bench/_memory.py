@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diloco.composing import compose_config
 from diloco.joining import depart, join
 from diloco.parallel import open_region
-from diloco.train import compose_config, leave
+from diloco.train import leave
 from diloco.trainer import Order, Trainer
 from tests.bench._table import Row, at_most
 from tests.ports import free_port

@@ -13,12 +13,12 @@ import torch
 from diloco import exchanging
 from diloco.averaging import Averaging
 from diloco.codec import CodecConfig, build_codec
+from diloco.composing import compose_config
 from diloco.data import Dataset, build_source
 from diloco.exchanging import Setup
 from diloco.fragments import BLOCK, Fragment, Slot
 from diloco.inner import Inner
 from diloco.parallel import open_region
-from diloco.train import compose_config
 from diloco.trainer import build_model, load_loss
 from elastic.lighthouse import ElasticConfig
 from elastic.memory import Pipe, shared_zeros

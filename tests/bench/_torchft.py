@@ -26,11 +26,12 @@ from torchft.local_sgd import DiLoCo
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
+from diloco.composing import compose_config
 from diloco.data import Dataset, build_source
 from diloco.inner import Inner
 from diloco.metrics import Metrics
 from diloco.parallel import open_region
-from diloco.train import compose_config, leave
+from diloco.train import leave
 from diloco.trainer import build_model, load_loss
 from tests.bench._failing import drawn_out, hang_on_signal, hold
 from tests.ports import free_port

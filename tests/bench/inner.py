@@ -16,12 +16,13 @@ from statistics import median
 
 import torch
 
+from diloco.composing import compose_config
 from diloco.config import Config
 from diloco.data import Dataset
 from diloco.joining import depart, join
 from diloco.model import next_token_loss
 from diloco.parallel import Region, open_region
-from diloco.train import compose_config, leave
+from diloco.train import leave
 from diloco.trainer import Order, Trainer, build_model
 from tests.bench import _memory
 from tests.bench._table import Row, at_least, show

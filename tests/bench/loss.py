@@ -22,8 +22,9 @@ from statistics import mean, stdev
 
 import torch
 
+from diloco.composing import compose_config
 from diloco.config import Config
-from diloco.train import compose_config, leave
+from diloco.train import leave
 from tests.bench._members import Plan, Run
 from tests.bench._table import Row, at_most, show
 

@@ -132,12 +132,12 @@ def told(case: str, found: list[Seen], limit: float | None = None) -> Iterator[R
     yield Row(f"{case}: the main thread's share of it", max(1e9 * s.main_cpu / s.sent for s in found), "s/GB")
 
 
-def play(directory: Path, variant: Variant, pace: float) -> list[Seen]:
+def play(directory: Path, variant: Variant, pace: float, wan: dict[str, float] = WAN) -> list[Seen]:
     """Runs the regions to their end."""
     directory.mkdir()
     os.environ.setdefault("DILOCO_SECRET", secrets.token_hex(16))  # the lab's addresses are not loopback
     print(f"{directory.name}: {variant.overrides}, {1e3 * pace:.0f} ms a step …", flush=True)
-    with Lab(WanConfig(**WAN), REGIONS) as lab, lighthouse(lab) as address:
+    with Lab(WanConfig(**wan), REGIONS) as lab, lighthouse(lab) as address:
         processes = {name: start(lab, name, address, directory, variant, pace) for name in REGIONS}
         codes = {name: process.wait(DEADLINE) for name, process in processes.items()}
     if any(codes.values()):
