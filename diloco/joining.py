@@ -56,8 +56,7 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     if region.rank == 0:
         _own(cfg, state.run)
     data = _connect(trainer, store, stack, exchanges)
-    while not restore(trainer, journal, entries):
-        pass
+    restore(trainer, journal, entries)
     inside = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
     outside = [e.decode() for e in region.gather_bytes(_published(trainer).encode())]
     _become_member(trainer, journal, outside, [e.decode() for e in region.gather_bytes(data.encode())])

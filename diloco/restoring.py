@@ -22,11 +22,22 @@ from diloco.trainer import Trainer
 from elastic.node import Node
 from elastic.recovery import Donor
 
+FETCHES = 5
+"""So often members are asked in vain while the journal rests; then the store is. Two that disagree may do so for ever."""
 
-def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> bool:
-    """Theta and momentum from a member that is alive, else from the store. Collective. False: look again."""
+
+def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> None:
+    """Theta and momentum from the members that are alive, else from the store. Collective."""
+    failed, known = 0, len(entries)
+    while not _restore(trainer, journal, entries, ask=failed < FETCHES):
+        failed = failed + 1 if len(entries) == known and failed < FETCHES else 0
+        known = len(entries)
+
+
+def _restore(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool) -> bool:
+    """One attempt; ask: members, if any are alive. Collective. False: look again."""
     region, links = trainer.region, trainer.links
-    choice = on_rank_0(region, lambda: _choose(trainer, journal, entries))
+    choice = on_rank_0(region, lambda: _choose(trainer, journal, entries, ask))
     if choice["entries"]:
         for entry in choice["entries"]:
             entries.append(entry.encode())
@@ -92,7 +103,7 @@ def _own(trainer: Trainer, entries: list[bytes]) -> dict[str, Any] | None:
     return next(checkpoints.on_the_way(checkpoints.own(trainer.cfg.region.name), entries), None)
 
 
-def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[str, Any]:
+def _choose(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool) -> dict[str, Any]:
     """Rank 0: where to load from; or the entries that appeared meanwhile, a `rewind` of our own among them."""
     new = [entry.decode() for entry in journal.read()]
     choice: dict[str, Any] = {"entries": new, "donors": [], "manifest": None, "own": None}
@@ -100,7 +111,7 @@ def _choose(trainer: Trainer, journal: Journal, entries: list[bytes]) -> dict[st
         return choice
     state, checkpoints = trainer.state, trainer.links.checkpoints
     choice["own"] = _own(trainer, entries)
-    choice["donors"] = _alive(trainer.links.node, state)
+    choice["donors"] = _alive(trainer.links.node, state) if ask else []
     if not choice["donors"]:
         choice["manifest"] = manifest = next(checkpoints.on_the_way(checkpoints.candidates(), entries), None)
         if manifest is None:
