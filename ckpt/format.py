@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 if TYPE_CHECKING:  # a process that only uploads does without
     from torch import Tensor
 
-FORMAT = 3
+FORMAT = 4
 OWN_KEYS = ("format", "shards", "digest", "prefix")  # of a manifest; the rest is the caller's body
 CHUNK = 16 << 20  # bytes of an object that have a digest of their own: what a ranged read has to fetch at least
 MAX_MANIFEST = 64 << 20  # bytes
@@ -30,7 +32,7 @@ MAX_HEADER = 64 << 20  # bytes; the safetensors library itself stops at 100 MB
 ITEM = {"F32": 4, "BF16": 2}  # bytes of an element, by safetensors' names
 
 _NAME = re.compile(r"[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]{0,199}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class FormatError(ValueError):
@@ -65,7 +67,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a manifest says of a shard: its size in bytes, the sha256 (hex) of each CHUNK of the object, header included (the
+    """What a manifest says of a shard: its size in bytes, the BLAKE3 (hex) of each CHUNK of the object, header included (the
     last is shorter), and its pieces with the byte at which each begins, in the order of the file."""
 
     name: str
@@ -93,11 +95,11 @@ def is_count(value: Any) -> bool:
 def shard_record(name: str, data: bytes | memoryview, pieces: Sequence[Piece | Span]) -> dict[str, Any]:
     """What the manifest says of this shard. pieces: those of `data`, in its order."""
     view = memoryview(data)
-    chunks = [hashlib.sha256(view[begin : begin + CHUNK]).hexdigest() for begin in range(0, len(view), CHUNK)]
+    chunks = [blake3(view[begin : begin + CHUNK]).hexdigest() for begin in range(0, len(view), CHUNK)]
     return {
         "name": name,
         "bytes": len(view),
-        "sha256": chunks[0] if len(chunks) == 1 else hashlib.sha256(view).hexdigest(),
+        "sha256": hashlib.sha256(view).hexdigest(),
         "chunks": chunks,
         "pieces": [{"plane": p.plane, "fragment": p.fragment, "start": p.start, "stop": p.stop} for p in pieces],
     }
@@ -250,9 +252,9 @@ def _shard(record: Any) -> Shard:
     name = field(record, "name", is_name, "a shard")
     what = f"shard {name}"
     size = field(record, "bytes", is_count, what)
-    field(record, "sha256", _is_sha256, what)
+    field(record, "sha256", _is_digest, what)
     chunks = field(record, "chunks", is_list, what)
-    require(all(map(_is_sha256, chunks)), f"has {what} with a chunk whose digest is none")
+    require(all(map(_is_digest, chunks)), f"has {what} with a chunk whose digest is none")
     require(len(chunks) == -(-size // CHUNK), f"has {what} of {size} bytes with the digests of {len(chunks)} chunks")
     spans = [_span(piece, name) for piece in field(record, "pieces", is_list, what)]
     begin = size - sum(4 * (span.stop - span.start) for span in spans)
@@ -284,5 +286,5 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(_DIGEST.fullmatch(value))

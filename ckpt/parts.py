@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blake3 import blake3
+
 from ckpt.format import FORMAT, decode_json, encode_json, field, is_count, is_list, require
 
 MODULUS = 1 << 256
@@ -121,11 +123,11 @@ def shard_name(attempt: Attempt, pieces: Sequence[Held]) -> str:
 
 
 def block_sum(data: memoryview, first: int, size: int) -> int:
-    """Sum mod 2^256 of sha256(index || block) over the blocks of `size` bytes in `data`, of which the first has the index
+    """Sum mod 2^256 of BLAKE3(index || block) over the blocks of `size` bytes in `data`, of which the first has the index
     `first`: it adds up over any cut into blocks."""
     total = 0
     for index, begin in enumerate(range(0, len(data), size), first):
-        digest = hashlib.sha256(index.to_bytes(8, "little"))
+        digest = blake3(index.to_bytes(8, "little"))
         digest.update(data[begin : begin + size])
         total += int.from_bytes(digest.digest(), "little")
     return total % MODULUS

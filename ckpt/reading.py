@@ -1,12 +1,11 @@
 """Reading checkpoints: every byte is hashed before it is used, however little of a checkpoint is read.
 
 A shard is read in the chunks of its manifest (ckpt.format.CHUNK), each whole and against its own digest, by several threads
-at once: sha256 and the network leave Python's lock alone. Memory beside the output is a chunk for each thread.
+at once: hashing and the network leave Python's lock alone. Memory beside the output is a chunk for each thread.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import threading
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from ckpt import format
@@ -156,8 +156,8 @@ def fetch_chunk(store: Store, key: str, shard: Shard, index: int, out: memoryvie
     except MissingError as error:
         raise FormatError("is missing") from error
     require(have == len(out), f"ends within bytes [{begin}, {begin + len(out)}) of its {shard.bytes}")
-    right = hashlib.sha256(out).hexdigest() == shard.chunks[index]
-    require(right, f"does not have the sha256 of the manifest in bytes [{begin}, {begin + len(out)})")
+    right = blake3(out).hexdigest() == shard.chunks[index]
+    require(right, f"does not have the digest of the manifest in bytes [{begin}, {begin + len(out)})")
 
 
 def run_all(work: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> None:

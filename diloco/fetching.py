@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from diloco.agreeing import Roots
@@ -109,8 +109,7 @@ class Fetch:
             return False
         parts = [memoryview(data)[i * size : (i + 1) * size] for i in range(count)]
         return all(
-            hashlib.sha256(part[at : at + block]).digest()
-            == surveyed[one.fragment].digest(plane, one.first + at // block)
+            blake3(part[at : at + block]).digest() == surveyed[one.fragment].digest(plane, one.first + at // block)
             for plane, part in enumerate(parts)
             for at in range(0, size, block)
         )

@@ -7,12 +7,12 @@ elements (the last one short). Nothing here depends on a region's mesh, so regio
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
+from blake3 import blake3
 
 BLOCK = 65536
 """Elements of a block: 256 KiB of fp32."""
@@ -82,12 +82,12 @@ def _slots(parameters: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[Slot]:
 
 
 def block_digests(flat: torch.Tensor, block: int) -> bytes:
-    """sha256 of each block of a contiguous 1-D CPU tensor, concatenated: 32 bytes a block. `flat` starts at a block."""
+    """BLAKE3 of each block of a contiguous 1-D CPU tensor, concatenated: 32 bytes a block. `flat` starts at a block."""
     data = flat.contiguous().view(torch.uint8).numpy().data
     step = block * flat.element_size()
-    return b"".join(hashlib.sha256(data[i : i + step]).digest() for i in range(0, len(data), step))
+    return b"".join(blake3(data[i : i + step]).digest() for i in range(0, len(data), step))
 
 
 def digest(digests: bytes) -> str:
     """The digest of a fragment from its blocks' digests in order: the same whoever computed which block."""
-    return hashlib.sha256(digests).hexdigest()
+    return blake3(digests).hexdigest()

@@ -16,7 +16,7 @@ from diloco import norms
 from diloco.ledger import Lease, Ledger
 from diloco.settings import Settings
 
-PROTOCOL = 4
+PROTOCOL = 5
 Entry = Mapping[str, Any]
 
 

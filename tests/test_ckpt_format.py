@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 
 from ckpt import format
 from ckpt.format import FormatError, Piece
@@ -42,8 +43,8 @@ def edit_first_shard(**fields: Any) -> Callable[[dict[str, Any]], None]:
 HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no format version": lambda m: m.pop("format"),
     "no format version but True": lambda m: m.update(format=True),
-    "has format version 2, and this program reads 3": lambda m: m.update(format=2),
-    "has format version 4, and this program reads 3": lambda m: m.update(format=4),
+    "has format version 3, and this program reads 4": lambda m: m.update(format=3),
+    "has format version 5, and this program reads 4": lambda m: m.update(format=5),
     "with shards None": lambda m: m.pop("shards"),
     "with shards 7": lambda m: m.update(shards=7),
     "a shard with name None": lambda m: m.update(shards=[3]),
@@ -175,7 +176,7 @@ def test_chunks_are_digests_of_the_object_in_order(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(format, "CHUNK", 100)
     record = format.shard_record("s", bytes(range(250)), [])
     parts = [bytes(range(a, min(a + 100, 250))) for a in (0, 100, 200)]
-    assert record["chunks"] == [hashlib.sha256(part).hexdigest() for part in parts]
+    assert record["chunks"] == [blake3(part).hexdigest() for part in parts]
     assert record["sha256"] == hashlib.sha256(bytes(range(250))).hexdigest() and record["bytes"] == 250
 
 

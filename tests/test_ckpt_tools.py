@@ -100,7 +100,7 @@ def test_verify_finds_every_damage(run: Path, tool: Tool) -> None:
     (run / "store/checkpoints/run/9" / MANIFEST).write_text("{}")
     code, said = tool("verify", run)
     assert code == 1 and len(damaged(said)) == 4 and said.endswith("4 damaged or missing\n"), said
-    assert said.count("does not have the sha256 of the manifest") == 3 and "has no format version" in said
+    assert said.count("does not have the digest of the manifest") == 3 and "has no format version" in said
     code, said = tool("verify", f"{run}@0")
     assert code == 1 and len(damaged(said)) == 1 and "looked at 1 checkpoint(s)" in said
     code, said = tool("ls", run)
@@ -127,7 +127,7 @@ def test_nothing_damaged_is_exported_or_averaged(run: Path, tool: Tool, tmp_path
     shard.write_bytes(changed)
     for command in (("export", f"{run}@9", "--format", "hf"), ("average", f"{run}@9", f"{run}@10")):
         code, said = tool(*command, tmp_path / "out")
-        assert code == 1 and "does not have the sha256" in said and "Traceback" not in said
+        assert code == 1 and "does not have the digest" in said and "Traceback" not in said
         assert not list(tmp_path.glob("*out*"))
 
 

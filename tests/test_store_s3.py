@@ -194,7 +194,7 @@ def test_the_tools_work_on_it(store: Store, tmp_path: Path, capsys: pytest.Captu
     assert len(said) == 3 and len(set(said)) == 1, "the mean of a model and itself is that model"
     key = f"{manifest['prefix']}/{manifest['shards'][0]['name']}.safetensors"
     store.write(key, store.read(key)[:-1] + b"x")
-    assert main(["verify", store.url]) == 1 and "does not have the sha256" in capsys.readouterr().out
+    assert main(["verify", store.url]) == 1 and "does not have the digest" in capsys.readouterr().out
 
 
 def test_a_wrong_bucket_is_one_sentence(server: str) -> None:

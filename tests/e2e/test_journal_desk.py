@@ -235,8 +235,8 @@ def test_verify_says_what_is_missing_or_wrong(cluster: Cluster, desk: Desk, tmp_
     assert bits and json.loads(sorted(store.glob("journal/*.json"))[-1].read_text())["kind"] == "stop"
     for path, sentence in (
         (bits[-1], "do not have the digest of the entry"),
-        (next(store.glob("checkpoints/*/[1-9]*/*.safetensors")), "sha256"),
-        (next(store.glob("regions/*/eu/*/*.safetensors")), "sha256"),
+        (next(store.glob("checkpoints/*/[1-9]*/*.safetensors")), "digest"),
+        (next(store.glob("regions/*/eu/*/*.safetensors")), "digest"),
         (sorted(store.glob("journal/*.json"))[3], "journal entry 4 does not follow its predecessor"),
     ):
         whole = path.read_bytes()
