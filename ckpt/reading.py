@@ -62,6 +62,7 @@ class Reader:
         self._store = store
         self._prefix: str = manifest["prefix"]
         self._kept, self._lock = OrderedDict[tuple[str, int], bytearray](), threading.Lock()
+        self._free: list[bytearray] = []  # memory that was touched before: getting new one costs as much as hashing
         self._by_fragment: dict[tuple[str, int], list[tuple[Span, int]]] = defaultdict(list)
         with naming(store, f"{self._prefix}/{MANIFEST}"):
             format.spans_of(manifest)
@@ -118,16 +119,16 @@ class Reader:
             return
         key = (shard.name, index)
         with self._lock:
-            chunk = self._kept.pop(key, None)
-        if chunk is None:
-            chunk = bytearray(length)
-            self._fetch(shard, index, memoryview(chunk))
+            kept = self._kept.pop(key, None)
+            chunk = kept or (self._free.pop() if self._free else bytearray(CHUNK))
+        if kept is None:
+            self._fetch(shard, index, memoryview(chunk)[:length])
         for part in parts:
             part.out[:] = memoryview(chunk)[part.begin - begin : part.begin - begin + len(part.out)]
         with self._lock:
             self._kept[key] = chunk
             while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+                self._free.append(self._kept.popitem(last=False)[1])
 
     def _fetch(self, shard: Shard, index: int, out: memoryview) -> None:
         key = shard_key(self._prefix, shard.name)
