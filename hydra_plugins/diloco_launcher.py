@@ -3,10 +3,12 @@ in this namespace package only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -24,12 +26,24 @@ class SideBySide(Launcher):
 
         jobs = [make_job(overrides, self._dir, num) for num, overrides in enumerate(job_overrides, initial_job_idx)]
         if initial_job_idx == 0:
-            check(jobs)
+            with aside():
+                check(jobs)
         losses = run_jobs(jobs, self._parallel)
         return [
             JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=loss)
             for overrides, loss in zip(job_overrides, losses, strict=True)
         ]
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within it, configs can be composed although an app of Hydra runs."""
+    there = GlobalHydra.instance()
+    hydra, there.hydra = there.hydra, None
+    try:
+        yield
+    finally:
+        there.hydra = hydra
 
 
 ConfigStore.instance().store(

@@ -79,7 +79,7 @@ def held(directory: Path) -> Iterator[None]:
 
 def sweep(arguments: Sequence[str]) -> int:
     """Returns the exit code. Raises ConfigError."""
-    overrides = [text for text in arguments if not text.startswith("-")]
+    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
     for choice, (module, extra) in EXTRAS.items():
         if choice in overrides and find_spec(module) is None:
             raise ConfigError(f"{choice} needs a plugin that is not installed: run pip install 'diloco[{extra}]'")
