@@ -11,13 +11,19 @@ from diloco.metrics import count, size
 from launch.comparing import Outcome, Point
 from launch.svg import COLOURS, Axis, Box, Line, document, legend, linear, logarithmic, panel, place, style, text
 
-WIDTH, LEFT, TOP = 1180, 72, 84
+WIDTH, LEFT, TOP = 1240, 72, 84
 PANEL = (440.0, 280.0)
 """Width and height, pixels."""
-RIGHT = LEFT + PANEL[0] + 130
+RIGHT = LEFT + PANEL[0] + 190
 ROW = PANEL[1] + 110
 LOSS = "held-out loss (nats/token)"
 OTHERS = "#c4c4c4"
+HALO = 'paint-order="stroke" stroke="#fff" stroke-width="4"'
+"""Keeps words readable on lines."""
+
+
+Styled = tuple[Outcome, str, str, str, float]
+"""A job, its label, and the colour, dashes and width of its lines."""
 
 
 def picture(jobs: Sequence[Outcome], keys: Sequence[str], name: str) -> str:
@@ -29,32 +35,30 @@ def picture(jobs: Sequence[Outcome], keys: Sequence[str], name: str) -> str:
         return document(title, WIDTH, 120, [text(LEFT, 60, f"{title}, and no loss to show yet", "start", "18")])
     lines = [(job, label(job, keys), *look(rank)) for rank, job in enumerate(shown)]
     parts = [text(LEFT, 36, title, "start", "18")]
-    parts += courses(
-        Box(LEFT, TOP, *PANEL), "Loss against tokens", "committed tokens, all regions", lines, "tokens", count
-    )
-    sent = Box(RIGHT, TOP, *PANEL)
-    if any(job.course[-1].sent for job in shown):
-        parts += courses(sent, "Loss against bytes sent", "bytes sent, all regions", lines, "sent", size)
-    else:
-        parts += [text(RIGHT, TOP - 20, "Loss against bytes sent", "start", "15")]
-        parts += [text(RIGHT, TOP + 20, "One region has nobody to send to: no job sent a byte.", "start")]
-    boxes = [Box(LEFT, TOP + ROW * (1 + i), *PANEL) for i in range(len(finals(keys)))]
-    for box, across in zip(boxes, finals(keys), strict=True):
-        parts += final_panel(box, done, across, keys)
-    named = [
-        Line(f"{words}  {job.course[-1].loss:.4f}", (), colour, dash, width)
-        for job, words, colour, dash, width in lines
+    parts += courses(Box(LEFT, TOP, *PANEL), "Loss against tokens", "committed tokens", lines, "tokens", count)
+    parts += courses(Box(RIGHT, TOP, *PANEL), "Loss against bytes sent", "bytes sent", lines, "sent", size)
+    for index, across in enumerate(finals(keys)):
+        parts += final_panel(spot(index), done, across, keys)
+    parts += ranking(lines)
+    bottom = max(spot(index).top for index in range(max(1, len(finals(keys))))) + ROW
+    return document(title, WIDTH, int(bottom), parts)
+
+
+def spot(index: int) -> Box:
+    """Of the final panels: the first beside the legend, the others in pairs below."""
+    return Box((LEFT, RIGHT)[(index + 1) % 2 if index else 0], TOP + ROW * (1 + (index + 1) // 2), *PANEL)
+
+
+def ranking(lines: Sequence[Styled]) -> list[str]:
+    """The legend of both courses."""
+    named = [Line(f"{words}: {job.course[-1].loss:.4f}", (), *looks) for job, words, *looks in lines[: len(COLOURS)]]
+    others = [f"and {len(lines) - len(named)} more, in grey"] if len(lines) > len(named) else []
+    top = TOP + ROW
+    return [
+        text(RIGHT, top - 20, "Held-out loss at the end, best first", "start", "15"),
+        *legend(RIGHT, top, named),
+        *(text(RIGHT, top + 22 * len(named) + 4, words, "start") for words in others),
     ]
-    parts += [text(RIGHT, TOP + ROW - 20, "Held-out loss at the end, best first", "start", "15")]
-    parts += legend(RIGHT, TOP + ROW, named[: len(COLOURS)])
-    if others := len(named) - len(COLOURS):
-        parts += (
-            [text(RIGHT, TOP + ROW + 22 * len(COLOURS) + 4, f"and {others} more, in grey", "start")]
-            if others > 0
-            else []
-        )
-    bottom = TOP + ROW * max(1, len(boxes)) + ROW
-    return document(title, WIDTH, int(max(bottom, TOP + ROW + 22 * (len(named[:8]) + 2))), parts)
 
 
 def look(rank: int) -> tuple[str, str, float]:
@@ -67,9 +71,6 @@ def label(job: Outcome, keys: Sequence[str]) -> str:
     return words if job.state == "done" else f"{words} ({job.state})"
 
 
-Styled = tuple[Outcome, str, str, str, float]
-
-
 def courses(
     box: Box, title: str, across: str, lines: Sequence[Styled], field: str, show: Callable[[float], str]
 ) -> list[str]:
@@ -79,10 +80,14 @@ def courses(
         return float(getattr(point, field))
 
     ends = [at(job.course[-1]) for job, *_ in lines if at(job.course[-1])]
+    if not ends:
+        none = "Nothing was: one region has nobody to send to."
+        return [text(box.left, box.top - 20, title, "start", "15"), text(box.left, box.top + 20, none, "start")]
     wide = max(ends) > 10 * min(ends)
     points = {id(job): [(at(p), p.loss) for p in job.course if at(p) or not wide] for job, *_ in lines}
     xs = [x for of in points.values() for x, _ in of]
-    x = logarithmic(across, xs, show) if wide else linear(across, xs, show, zero=True)
+    axis = f"{across}, all regions"
+    x = logarithmic(axis, xs, show) if wide else linear(axis, xs, show, zero=True)
     y = linear(LOSS, [loss for of in points.values() for _, loss in of], number)
     drawn = [Line(words, points[id(job)], colour, dash, width) for job, words, colour, dash, width in reversed(lines)]
     return panel(box, title, x, y, drawn)
@@ -106,7 +111,7 @@ def final_panel(box: Box, done: Sequence[Outcome], across: str, keys: Sequence[s
         of = [job for job in done if not other or job.values.get(other) == value]
         points = sorted((position(job.values.get(across)), job.loss) for job in of)
         colour, dash = style(index)
-        words = f"{other}={value}" if other else across
+        words = f"{other.rpartition('.')[2]}={value}" if other else across
         dots = [Line(words, [point], colour, dots=True) for point in points]
         lines += dots if len(keys) > 2 else [Line(words, points, colour, dash, dots=True)]
     best = place(box, x, y, position(done[0].values.get(across)), done[0].loss)
@@ -114,8 +119,8 @@ def final_panel(box: Box, done: Sequence[Outcome], across: str, keys: Sequence[s
     parts += [
         f'<circle class="best" cx="{best[0]:.1f}" cy="{best[1]:.1f}" r="8" fill="none" stroke="#111" stroke-width="2"/>'
     ]
-    parts += [text(best[0], best[1] - 13, f"best {done[0].loss:.4f}")]
-    return parts + (legend(box.left + box.width - 150, box.top + 14, lines) if other else [])
+    parts += [f"<g {HALO}>{text(best[0], best[1] - 13, f'best {done[0].loss:.4f}')}</g>"]
+    return parts + (legend(box.left + box.width + 14, box.top + 8, lines) if other else [])
 
 
 def value_axis(key: str, values: Sequence[Any]) -> tuple[Axis, Callable[[Any], float]]:

@@ -184,7 +184,7 @@ def test_the_picture_of_two_keys() -> None:
     lines = [e.findtext(f"{SVG}title") for e in root.iter(f"{SVG}polyline")]
     for found in JOBS[:-1]:
         name = f"lr={found.values['lr']} H={found.values['H']}"
-        assert lines.count(name) == 2 and f"{name}  {found.loss:.4f}" in words
+        assert lines.count(name) == 2 and f"{name}: {found.loss:.4f}" in words
     assert lines.count("H=30") == lines.count("H=100") == 1 and len(lines) == 14
     assert len(root.findall(f"{SVG}circle[@class='best']")) == 1 and "best 2.0300" in words
     assert {
@@ -220,7 +220,7 @@ def test_pictures_of_many_jobs_names_and_nothing() -> None:
     assert len(root.findall(f"{SVG}circle[@class='best']")) == 3 and "and 12 more, in grey" in words
     assert {"Final loss against codec", "c0", "c1", "c2"} <= set(words)
     _, words = drawn([outcome(0, 2.0, lr=1)], [])
-    assert "job 0  2.0000" in words
+    assert "job 0: 2.0000" in words
     _, words = drawn([outcome(0, 0, "failed", "x")], [])
     assert "no loss to show yet" in words[0]
     silent = [replace(found, course=tuple(replace(p, sent=0) for p in found.course)) for found in JOBS[:2]]
