@@ -1,5 +1,4 @@
-"""The picture of a sweep: loss against tokens and against bytes sent, and the final loss against what was swept. Pure but for
-the records that it is given."""
+"""The picture of a sweep: loss against tokens and against bytes sent, and the final loss against what was swept."""
 
 from __future__ import annotations
 
@@ -18,10 +17,6 @@ RIGHT = LEFT + PANEL[0] + 190
 ROW = PANEL[1] + 110
 LOSS = "held-out loss (nats/token)"
 OTHERS = "#c4c4c4"
-HALO = 'paint-order="stroke" stroke="#fff" stroke-width="4"'
-"""Keeps words readable on lines."""
-
-
 Styled = tuple[Outcome, str, str, str, float]
 """A job, its label, and the colour, dashes and width of its lines."""
 
@@ -51,7 +46,8 @@ def spot(index: int) -> Box:
 
 def ranking(lines: Sequence[Styled]) -> list[str]:
     """The legend of both courses."""
-    named = [Line(f"{words}: {job.course[-1].loss:.4f}", (), *looks) for job, words, *looks in lines[: len(COLOURS)]]
+    best = lines[: len(COLOURS)]
+    named = [Line(f"{words}: {job.course[-1].loss:.4f}", (), c, d, w) for job, words, c, d, w in best]
     others = [f"and {len(lines) - len(named)} more, in grey"] if len(lines) > len(named) else []
     top = TOP + ROW
     return [
@@ -115,11 +111,10 @@ def final_panel(box: Box, done: Sequence[Outcome], across: str, keys: Sequence[s
         dots = [Line(words, [point], colour, dots=True) for point in points]
         lines += dots if len(keys) > 2 else [Line(words, points, colour, dash, dots=True)]
     best = place(box, x, y, position(done[0].values.get(across)), done[0].loss)
-    parts = panel(box, f"Final loss against {across}", x, y, lines)
+    parts = panel(box, f"Final loss against {across} (○ best: {done[0].loss:.4f})", x, y, lines)
     parts += [
         f'<circle class="best" cx="{best[0]:.1f}" cy="{best[1]:.1f}" r="8" fill="none" stroke="#111" stroke-width="2"/>'
     ]
-    parts += [f"<g {HALO}>{text(best[0], best[1] - 13, f'best {done[0].loss:.4f}')}</g>"]
     return parts + (legend(box.left + box.width + 14, box.top + 8, lines) if other else [])
 
 

@@ -186,7 +186,7 @@ def test_the_picture_of_two_keys() -> None:
         name = f"lr={found.values['lr']} H={found.values['H']}"
         assert lines.count(name) == 2 and f"{name}: {found.loss:.4f}" in words
     assert lines.count("H=30") == lines.count("H=100") == 1 and len(lines) == 14
-    assert len(root.findall(f"{SVG}circle[@class='best']")) == 1 and "best 2.0300" in words
+    assert len(root.findall(f"{SVG}circle[@class='best']")) == 1 and "Final loss against lr (○ best: 2.0300)" in words
     assert {
         "committed tokens, all regions",
         "bytes sent, all regions",
@@ -218,7 +218,7 @@ def test_pictures_of_many_jobs_names_and_nothing() -> None:
     )
     root, words = drawn(many, ["lr", "codec", "H"])
     assert len(root.findall(f"{SVG}circle[@class='best']")) == 3 and "and 12 more, in grey" in words
-    assert {"Final loss against codec", "c0", "c1", "c2"} <= set(words)
+    assert {"Final loss against codec (○ best: 2.0500)", "c0", "c1", "c2"} <= set(words)
     _, words = drawn([outcome(0, 2.0, lr=1)], [])
     assert "job 0: 2.0000" in words
     _, words = drawn([outcome(0, 0, "failed", "x")], [])
