@@ -217,9 +217,18 @@ def failure(job: SweepJob, code: int) -> str:
 
 
 def why(lines: Sequence[str]) -> str:
-    """What the first region that failed said last before its launcher noticed, else the last line."""
+    """What the first region that failed said: its exception, or how a signal ended it, or its last line before its launcher
+    noticed. Without one, the last line of all."""
     for at, line in enumerate(lines):
         if found := re.match(r"(\S+ +\| )(ended with exit code|rank \d+ \(pid)", line):
-            before = [said for said in lines[:at] if said.startswith(found[1])]
-            return before[-1].removeprefix(found[1]).strip() if before else line
+            said = [text.removeprefix(found[1]) for text in lines[:at] if text.startswith(found[1])]
+            return exception(said) or (said[-1].strip() if said and " ended with SIG" not in line else line)
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def exception(said: Sequence[str]) -> str:
+    """The last line of the first traceback; empty if there is none."""
+    after = iter(said)
+    return next((line for line in after if line.startswith("Traceback ")), "") and next(
+        (line for line in after if line and not line[0].isspace()), ""
+    )

@@ -93,6 +93,16 @@ def test_why_a_job_failed() -> None:
         why([*said, "us  | ended with exit code 1: the other regions go on", "", "run  r1"])
         == "torch.OutOfMemoryError: 80 GB"
     )
+    raised = [
+        "eu  | Traceback (most recent call last):",
+        "eu  |   File x",
+        "us  | step 3",
+        "eu  | KeyError: 1",
+        "eu  | FATAL: so",
+    ]
+    assert why([*raised, "eu  | rank 0 (pid 7) ended with SIGABRT", *said]) == "KeyError: 1"
+    killed = "us  | rank 0 (pid 7) ended with SIGKILL"
+    assert why(["us  | step 2", killed]) == killed
     assert why(["eu  | inner.lr=x: set it", "eu  | ended with exit code 2: stopping the run"]) == "inner.lr=x: set it"
     assert why(["regions names eu more than once", ""]) == "regions names eu more than once" and why([]) == ""
 
