@@ -21,7 +21,7 @@ from diloco.errors import ConfigError
 from diloco.metrics import duration
 from launch.comparing import RECORD, final
 from launch.process import Job, Lines, Stop, child_command, supervise
-from launch.regions import Region, check_regions, find_override, naming, parse_override
+from launch.regions import Region, check_regions, find_override, naming, override, parse_override
 
 STOP_SECONDS = 60.0
 """How long a run may take to leave cleanly."""
@@ -73,7 +73,7 @@ def apart(overrides: Sequence[str], sweep: str, job: str) -> list[str]:
             raise ConfigError(f"{key}={value} would be shared by all jobs of a sweep, but {why}")
     store = find_override(overrides, "run.store")
     name = find_override(overrides, "run.name") or sweep
-    own = [f"run.name={json.dumps(f'{name}-{job}')}", *([f"run.store={json.dumps(f'{store}/{job}')}"] if store else [])]
+    own = [override("run.name", f"{name}-{job}"), *([override("run.store", f"{store}/{job}")] if store else [])]
     return [*(o for o in overrides if parse_override(o).key_or_group not in ("run.name", "run.store")), *own]
 
 
@@ -82,11 +82,9 @@ def check(jobs: Sequence[SweepJob]) -> None:
     for job in jobs:
         shared = [o for o in job.overrides if parse_override(o).key_or_group.split(".")[0] != "wan"]
         for region in job.regions:
-            own = [
-                naming(region.name),
-                f"run.dir={json.dumps(str(job.dir))}",
-                f"++elastic.start_regions={len(job.regions)}",
-            ]
+            own = [naming(region.name), override("run.dir", str(job.dir))]
+            if find_override(shared, "elastic.start_regions") is None:
+                own.append(f"elastic.start_regions={len(job.regions)}")
             cfg = compose_config([*shared, *own, *region.overrides])
             validate(cfg, region.nproc)
             if not cfg.data.holdout and not cfg.data.sources:
@@ -166,7 +164,7 @@ class Running:
 
 def command(job: SweepJob) -> list[str]:
     regions = json.dumps([asdict(region) for region in job.regions])
-    own = [f"regions={regions}", f"stop_seconds={STOP_SECONDS:g}", f"run.dir={json.dumps(str(job.dir))}"]
+    own = [f"regions={regions}", f"stop_seconds={STOP_SECONDS:g}", override("run.dir", str(job.dir))]
     return child_command("launch.local", *own, *job.overrides)
 
 

@@ -89,15 +89,14 @@ def sweep(arguments: Sequence[str]) -> int:
     shows = any(flag.split("=")[0] not in ("-m", "--multirun") for flag in arguments if flag.startswith("-"))
     if shows:  # --help and the like
         return hydrate()
+    stopped = False
     with held(directory):
         try:
             hydrate()
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            return 130
-        finally:
-            report(directory)
-    return 1 if any(job.state == "failed" for job in read_sweep(directory)) else 0
+            stopped = True
+        report(directory)
+    return 130 if stopped else int(any(job.state == "failed" for job in read_sweep(directory)))
 
 
 def hydrate() -> int:
