@@ -82,6 +82,16 @@ def test_the_same_command_finds_its_sweep() -> None:
         choose_dir(["hydra.sweep.dir=x"])
 
 
+def test_optuna_keeps_a_study_in_a_database(tmp_path: Path) -> None:
+    """It breaks with other versions of SQLAlchemy than the extra has."""
+    import optuna
+
+    for number in range(2):
+        study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="s", load_if_exists=True)
+        study.tell(study.ask(), math.inf if number else 2.0)
+    assert [trial.values for trial in study.trials] == [[2.0], [math.inf]] and study.best_value == 2.0
+
+
 def test_why_a_job_failed() -> None:
     said = [
         "eu  | step 1",
