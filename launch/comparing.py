@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +75,15 @@ def read_course(run_dir: Path) -> tuple[Point, ...]:
                 losses.setdefault(r["round"], {})[region] = (
                     (r["loss"], r["bits_per_byte"]) if known else (math.inf, math.inf)
                 )
-    return tuple(
-        Point(
-            number,
-            sum(n for at, n in tokens.items() if at <= number),
-            sum(n for (at, _), n in sent.items() if at <= number),
-            *(sum(column) / len(of) for column in zip(*of.values(), strict=True)),
-        )
-        for number, of in sorted(losses.items())
-    )
+    course, before, until = [], 0, Counter[str]()
+    for number, of in sorted(losses.items()):
+        for at in range(before + 1, number + 1):
+            until["tokens"] += tokens.get(at, 0)
+            until["sent"] += sum(sent.get((at, region), 0) for region in range(len(metrics)))
+        before = number
+        mean = [sum(column) / len(of) for column in zip(*of.values(), strict=True)]
+        course.append(Point(number, until["tokens"], until["sent"], *mean))
+    return tuple(course)
 
 
 def final(run_dir: Path) -> Point | None:

@@ -22,7 +22,8 @@ Styled = tuple[Outcome, str, str, str, float]
 
 
 def picture(jobs: Sequence[Outcome], keys: Sequence[str], name: str) -> str:
-    """jobs: best first; keys: what they differ in. Jobs that failed or diverged are not shown."""
+    """jobs: best first; keys: what they differ in. Those that diverged, or failed before a
+    loss, are not shown."""
     shown = [job for job in jobs if len(job.course) and all(math.isfinite(p.loss) for p in job.course)]
     done = [job for job in shown if job.state == "done"]
     title = f"Sweep {name}: {len(done)} of {len(jobs)} jobs done"

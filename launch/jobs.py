@@ -99,16 +99,16 @@ def run_jobs(jobs: Sequence[SweepJob], parallel: int) -> list[float]:
     it failed or diverged. Raises KeyboardInterrupt when all have left after Ctrl-C or SIGTERM. Main thread only."""
     if not isinstance(parallel, int) or parallel < 1:
         raise ConfigError(f"sweep.parallel={parallel} is not a number of jobs: set it to 1 or more")
-    todo = []
+    todo = {}
     for job in jobs:
         if state(job) == "done":
             say(job, f"done before: {result(job)} ({job.dir})")
         else:
-            todo.append(job)
+            todo[job.dir] = job  # once: a sweeper may ask for the same twice
     stop = Stop()
     if todo:
         with stop.on_signals():
-            Running(todo, parallel, stop).run()
+            Running([*todo.values()], parallel, stop).run()
     if stop.times:
         raise KeyboardInterrupt
     return [final_loss(job) for job in jobs]

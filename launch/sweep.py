@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diloco.composing import FLAGS
 from diloco.config import explain
 from diloco.errors import ConfigError
 from launch.comparing import read_sweep, report
@@ -42,7 +43,9 @@ def run_one(cfg: DictConfig) -> float:
     del cfg  # the run composes its own from the same overrides
     config = HydraConfig.get()
     overrides = [str(text) for text in OmegaConf.to_object(config.overrides.task)]  # type: ignore[union-attr]
-    return run_jobs([make_job(overrides, Path(config.runtime.output_dir), config.job.num)], 1)[0]
+    job = make_job(overrides, Path(config.runtime.output_dir), config.job.num)
+    with held(job.dir, wait=True):  # for another worker that was asked for the same
+        return run_jobs([job], 1)[0]
 
 
 def choose_dir(overrides: Sequence[str]) -> Path:
@@ -58,8 +61,8 @@ def choose_dir(overrides: Sequence[str]) -> Path:
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """The directory is this sweep's while it goes on. Raises ConfigError."""
+def held(directory: Path, wait: bool = False) -> Iterator[None]:
+    """The directory is this process's alone. wait: until it is. Raises ConfigError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
@@ -69,7 +72,7 @@ def held(directory: Path) -> Iterator[None]:
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"sweep.dir={directory} is in use by another sweep: wait for it, or set another"
@@ -79,6 +82,9 @@ def held(directory: Path) -> Iterator[None]:
 
 def sweep(arguments: Sequence[str]) -> int:
     """Returns the exit code. Raises ConfigError."""
+    flags = [text.split("=")[0] for text in arguments if text.startswith("-")]
+    if unknown := [flag for flag in flags if flag not in (*FLAGS, "-m", "--multirun")]:
+        raise ConfigError(f"{unknown[0]} is not known here: -m, --help and --cfg job are, everything else is KEY=VALUE")
     overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
     for choice, (module, extra) in EXTRAS.items():
         if choice in overrides and find_spec(module) is None:
@@ -86,8 +92,7 @@ def sweep(arguments: Sequence[str]) -> int:
     directory = choose_dir(overrides)
     if find_override(overrides, "sweep.dir") is None:
         sys.argv.append(f"sweep.dir={directory}")
-    shows = any(flag.split("=")[0] not in ("-m", "--multirun") for flag in arguments if flag.startswith("-"))
-    if shows:  # --help and the like
+    if {*flags} & {*FLAGS}:
         return hydrate()
     stopped = False
     with held(directory):

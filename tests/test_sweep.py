@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 
 from diloco.errors import ConfigError
 from diloco.metrics import EvalRecord, Metrics, RoundRecord
+from launch import jobs as jobs_module
 from launch.comparing import Outcome, Point, as_csv, read_course, read_sweep, report, swept, table
 from launch.drawing import picture
-from launch.jobs import SweepJob, environment, make_job, split_regions, why
+from launch.jobs import SweepJob, environment, make_job, run_jobs, split_regions, why
 from launch.regions import Region, find_override
 from launch.svg import linear, logarithmic
 from launch.sweep import choose_dir
@@ -62,6 +64,15 @@ def test_regions_of_a_sweep() -> None:
     for bad in ([], ["+region=eu", "+regions=[us]"]):
         with pytest.raises(ConfigError, match=r"add either \+region=eu or '\+regions="):
             split_regions(bad)
+
+
+def test_what_is_asked_for_twice_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('never')"]
+    monkeypatch.setattr(jobs_module, "command", lambda _: command)
+    found = [make_job(["+region=eu", f"outer.lr={lr}"], tmp_path, num) for num, lr in enumerate((1, 2, 1))]
+    assert run_jobs(found, 3) == [math.inf] * 3
+    told = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("*/job.json")}
+    assert set(told) == {found[0].dir, found[1].dir} and {t["why"] for t in told.values()} == {"never"}
 
 
 def test_jobs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
