@@ -66,11 +66,13 @@ def test_regions_of_a_sweep() -> None:
             split_regions(bad)
 
 
-def test_what_is_asked_for_twice_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_twice_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('never')"]
     monkeypatch.setattr(jobs_module, "command", lambda _: command)
     found = [make_job(["+region=eu", f"outer.lr={lr}"], tmp_path, num) for num, lr in enumerate((1, 2, 1))]
-    assert run_jobs(found, 3) == [math.inf] * 3
+    assert run_jobs(found, 3) == [math.inf] * 3 and capsys.readouterr().out.count("failed: never") == 2
     told = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("*/job.json")}
     assert set(told) == {found[0].dir, found[1].dir} and {t["why"] for t in told.values()} == {"never"}
 
