@@ -12,6 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diloco.config import Config, explain, from_dict
 
+FLAGS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info")
+"""Hydra's flags that print something and exit."""
+
 
 def compose_config(overrides: Sequence[str]) -> Config:
     """The config that Hydra makes of the overrides, as dataclasses. Raises ConfigError with one sentence."""

@@ -17,12 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from diloco.composing import compose_config
+from diloco.composing import FLAGS, compose_config
 from diloco.config import Config, explain, validate
 from diloco.errors import ConfigError
 
-FLAGS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info")
-"""Hydra's flags that print something and exit."""
 SPEAKER_SECONDS = 10.0
 """How long the other ranks leave the word to rank 0."""
 

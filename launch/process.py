@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 Lines = queue.Queue[tuple[str, str]]
@@ -22,17 +23,20 @@ _MARK = "DILOCO_LAUNCHED_AS"
 class Job:
     """A started command, with all processes that come of it: they inherit a mark in their environment, by
     which they are found even where they made sessions of their own, as torchrun's workers do, or lost their
-    parent."""
+    parent. Jobs of a job have the marks of both."""
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], lines: Lines) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], lines: Lines, relays: bool = False
+    ) -> None:
         """Puts (name, line) on `lines` for every line that it says. Call it from the main thread: the process
-        ends with the thread that started it (launch/child.py)."""
+        ends with the thread that started it (launch/child.py). relays: it is a launcher, which stops its jobs itself."""
         self.name = name
-        self.mark = f"{_MARK}={uuid.uuid4().hex}"
+        self.mark = uuid.uuid4().hex
+        self._relays = relays
         self._asked: set[int] = set()
         self.process = subprocess.Popen(
             command,
-            env={**env, _MARK: self.mark.split("=")[1]},
+            env={**env, _MARK: f"{env.get(_MARK, '')}:{self.mark}"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -59,10 +63,10 @@ class Job:
         return 0 if self._asked and code == 128 + signal.SIGTERM else code
 
     def ask_to_stop(self) -> None:
-        """SIGTERM, once each, to its direct children, or to itself if it has none (yet). torchrun's own
+        """SIGTERM, once each, to its direct children, or to itself if it has none (yet) or relays it. torchrun's own
         handling of SIGTERM would kill workers after 30 s and lose their exit codes; told directly, they end
         as they choose, and torchrun with them. Call it again and again: children may come late."""
-        children = [pid for pid, parent in self.processes() if parent == self.process.pid]
+        children = [pid for pid, parent in self.processes() if parent == self.process.pid and not self._relays]
         for pid in children or ([] if self._asked else [self.process.pid]):
             if pid not in self._asked:
                 self._asked.add(pid)
@@ -73,7 +77,7 @@ class Job:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    marked = self.mark.encode() in (entry / "environ").read_bytes().split(b"\0")
+                    marked = self.mark.encode() in (entry / "environ").read_bytes()
                     parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) if marked else 0
                 except OSError:  # ended meanwhile, or somebody else's
                     continue
@@ -126,19 +130,25 @@ def child_command(module: str, *arguments: str, netns: str | None = None) -> lis
 
 
 def supervise(
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     lines: Lines,
     stop: Stop,
     on_line: Callable[[str, str], None],
     on_end: Callable[[Job], bool],
     stop_seconds: float,
     servants: Sequence[Job] = (),
+    at_once: int | None = None,
 ) -> None:
     """Hands on lines until all jobs have ended, and calls `on_end` once for each that did. When that returns
     True, or when somebody asks for a stop, every job is asked to stop; after `stop_seconds`, or when somebody
-    asks a second time, what is left is killed. Nobody waits for `servants`, but on_end hears of their end, too."""
-    running, serving, deadline = list(jobs), list(servants), None
-    while running:
+    asks a second time, what is left is killed. Nobody waits for `servants`, but on_end hears of their end, too.
+    at_once: so many of `jobs` are taken at a time, which may start each as it is taken; none after a stop."""
+    todo, running, serving, deadline = iter(jobs), list[Job](), list(servants), None
+    while True:
+        if deadline is None and not stop.times:
+            running += islice(todo, None if at_once is None else at_once - len(running))
+        if not running:
+            return
         forward(lines, on_line, wait=0.1)
         for job in [job for job in [*running, *serving] if job.code is not None]:
             (running if job in running else serving).remove(job)

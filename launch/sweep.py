@@ -1,120 +1,136 @@
-"""`python -m launch.sweep -m +region=eu outer.lr=0.3,0.7`: a Hydra multirun whose every job is a run of its
-own.
+"""`python -m launch.sweep -m +region=eu outer.lr=0.3,0.7`: Hydra's multirun, whose every job is a run of its own.
 
-The configs are those of diloco.train. Each job starts its region through launch.local, in a run directory
-inside the sweep's, and its result is the final held-out loss in nats per token, so that sweepers such as
-Optuna (hydra/sweeper=optuna, the extra `optuna`) work too. More regions: `'+regions=[eu, us]'` instead of
-+region=eu.
+The config is that of diloco.train and two keys more: sweep.parallel=N jobs side by side, and sweep.dir=DIR. More regions:
+'+regions=[eu, us]' instead of +region=eu. The same command again skips what is done and goes on with the rest. A job's
+result is its final held-out loss, so that sweepers such as Optuna work too; docs/sweeps.md has them and Ray.
+
+    python -m launch.sweep report DIR      the table, the CSV and the picture of a sweep again
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diloco.composing import FLAGS
 from diloco.config import explain
 from diloco.errors import ConfigError
-from diloco.metrics import read_metrics
-from launch.local import LIGHTHOUSE, TRAIN, print_line, run_local
-from launch.process import Stop
-from launch.regions import Region, check_regions, find_override, parse_override
+from launch.comparing import read_sweep, report
+from launch.jobs import make_job, run_jobs
+from launch.regions import find_override, parse_override
+
+EXTRAS = {
+    "hydra/sweeper=optuna": ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
+    "hydra/launcher=ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
+}
 
 
-@dataclass(frozen=True)
-class Result:
-    job: str
-    overrides: tuple[str, ...]
-    loss: float
-    """Final held-out loss, nats per token."""
-    bits_per_byte: float
-    run_dir: Path
-
-
-_results: list[Result] = []
-
-
-def run_job(overrides: Sequence[str], run_dir: Path, job: str) -> Result:
-    """One run of a sweep. Exits the sweep with the run's code if that fails, and with 130 if somebody stopped it. Raises
-    ConfigError if no region is named, or the run evaluated nothing."""
-    regions, rest = split_regions(overrides)
-    stop = Stop()
-    code = run_local(regions, rest, run_dir, print_line, stop=stop, module=TRAIN, lighthouse=LIGHTHOUSE)
-    if code or stop.times:
-        sys.exit(code or 130)
-    loss, bits = final_loss(run_dir, [region.name for region in regions])
-    return Result(job, tuple(overrides), loss, bits, run_dir)
-
-
-def split_regions(overrides: Sequence[str]) -> tuple[list[Region], list[str]]:
-    """The regions that `+region=NAME` or `+regions=[...]` names, and the other overrides. Raises
-    ConfigError."""
-    name, several = find_override(overrides, "region"), find_override(overrides, "regions")
-    if (name is None) == (several is None):
-        raise ConfigError("a sweep needs to know its regions: add either +region=eu or '+regions=[eu, us]'")
-    rest = [text for text in overrides if parse_override(text).key_or_group not in ("region", "regions", "run.dir")]
-    return check_regions([name] if several is None else several), rest
-
-
-def final_loss(run_dir: Path, regions: Sequence[str]) -> tuple[float, float]:
-    """Held-out loss in nats per token, and in bits per byte, of the latest evaluation by any region. Raises
-    ConfigError."""
-    found = [r for name in regions for r in read_metrics(run_dir / name / "metrics.jsonl", "eval")]
-    last = max(found, key=lambda record: record["round"], default=None)
-    if last is None:
-        raise ConfigError(f"{run_dir} holds no evaluation: a sweep needs data.holdout > 0 and evaluations switched on")
-    if last["loss"] is None:
-        return float("inf"), float("inf")
-    return last["loss"], last["bits_per_byte"]
-
-
-def table(results: Sequence[Result]) -> str:
-    """Best first."""
-    rows = [("held-out", "bits/byte", "job", "overrides")]
-    for r in sorted(results, key=lambda r: r.loss):
-        rows.append((f"{r.loss:.4f}", f"{r.bits_per_byte:.3f}", r.job, " ".join(r.overrides)))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(f"{row[i]:>{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
-
-
-@hydra.main(version_base=None, config_path="pkg://configs", config_name="config")
-def sweep(cfg: DictConfig) -> float:
-    """One job of the sweep. Returns the final held-out loss in nats per token."""
-    del cfg  # Hydra has composed it, so the overrides fit; the run composes its own from the same overrides
+def run_one(cfg: DictConfig) -> float:
+    """One job, for a launcher such as Ray's that calls it where it shall run. Returns the final held-out loss in nats per
+    token, inf if it failed."""
+    del cfg  # the run composes its own from the same overrides
     config = HydraConfig.get()
+    overrides = [str(text) for text in OmegaConf.to_object(config.overrides.task)]  # type: ignore[union-attr]
+    job = make_job(overrides, Path(config.runtime.output_dir), config.job.num)
+    with held(job.dir, wait=True):  # for another worker that was asked for the same
+        return run_jobs([job], 1)[0]
+
+
+def choose_dir(overrides: Sequence[str]) -> Path:
+    """sweep.dir, or one that the same command finds again. Raises ConfigError."""
+    if find_override(overrides, "hydra.sweep.dir") is not None:
+        raise ConfigError("hydra.sweep.dir is where a sweep is, and has another name here: set sweep.dir=DIR")
+    if (chosen := find_override(overrides, "sweep.dir")) is not None:
+        return Path(str(chosen)).absolute()
+    what = sorted(
+        o for o in overrides if parse_override(o).key_or_group.split(".")[0].split("/")[0] not in ("sweep", "hydra")
+    )
+    return Path("sweeps", hashlib.sha256("\0".join(what).encode()).hexdigest()[:8]).absolute()
+
+
+@contextmanager
+def held(directory: Path, wait: bool = False) -> Iterator[None]:
+    """The directory is this process's alone. wait: until it is. Raises ConfigError."""
     try:
-        if config.mode != RunMode.MULTIRUN:
-            raise ConfigError("launch.sweep runs sweeps: add -m, as in launch.sweep -m +region=eu outer.lr=0.3,0.7")
-        overrides = list(OmegaConf.to_object(config.overrides.task))  # type: ignore[arg-type]
-        result = run_job(overrides, Path(config.runtime.output_dir).absolute(), str(config.job.num))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    _results.append(result)
-    print_line(f"job {result.job}: held-out loss {result.loss:.4f} nats/token")
-    return result.loss
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"sweep.dir={directory} cannot be written ({error.strerror}): set it to one of yours"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ConfigError(
+                f"sweep.dir={directory} is in use by another sweep: wait for it, or set another"
+            ) from None
+        yield
 
 
-def main() -> None:
+def sweep(arguments: Sequence[str]) -> int:
+    """Returns the exit code. Raises ConfigError."""
+    flags = [text.split("=")[0] for text in arguments if text.startswith("-")]
+    if unknown := [flag for flag in flags if flag not in (*FLAGS, "-m", "--multirun")]:
+        raise ConfigError(f"{unknown[0]} is not known here: -m, --help and --cfg job are, everything else is KEY=VALUE")
+    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+    for choice, (module, extra) in EXTRAS.items():
+        if choice in overrides and find_spec(module) is None:
+            raise ConfigError(f"{choice} needs a plugin that is not installed: run pip install 'diloco[{extra}]'")
+    directory = choose_dir(overrides)
+    if find_override(overrides, "sweep.dir") is None:
+        sys.argv.append(f"sweep.dir={directory}")
+    if {*flags} & {*FLAGS}:
+        return hydrate()
+    stopped = False
+    with held(directory):
+        try:
+            hydrate()
+        except KeyboardInterrupt:
+            stopped = True
+        report(directory)
+    return 130 if stopped else int(any(job.state == "failed" for job in read_sweep(directory)))
+
+
+def hydrate() -> int:
+    """Hands over to Hydra, which reads sys.argv. Raises ConfigError."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong with the overrides instead of printing it
     try:
-        sweep()
+        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="sweep")(run_one)()
     except (HydraException, OmegaConfBaseException) as error:
-        print(explain(error, sys.argv[1:]), file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if _results:
-            print_line(table(_results))
+        raise explain(error, sys.argv[1:]) from error
+    return 0
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["report"]:
+            if len(arguments) != 2:
+                raise ConfigError("report takes one directory: python -m launch.sweep report DIR")
+            if not report(Path(arguments[1])):
+                raise ConfigError(f"{arguments[1]} holds no job of a sweep: name the directory that a sweep printed")
+            return 0
+        return sweep(arguments)
+    except ConfigError as error:
+        print(f"launch.sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    # As a module, not as __main__: Ray's workers import what they run.
+    from launch.sweep import main as run
+
+    sys.exit(run())

@@ -1,27 +1,18 @@
-"""The summary of a run, from a real journal and real metrics; sweeps, with a stand-in for the training
-loop."""
+"""The summary of a run, from a real journal and real metrics."""
 
 from __future__ import annotations
 
-import math
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ckpt.store import Store
-from diloco.errors import ConfigError
 from diloco.fold import PROTOCOL
 from diloco.journal import Journal
 from diloco.metrics import EvalRecord, Metrics, RoundRecord, RunRecord, StepRecord
-from launch.regions import Region
 from launch.summary import describe, main, read_summary
-from launch.sweep import Result, final_loss, split_regions, table
 
-ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS, STEPS, SENT = 1_000_000, 8, 1_000_100
 SETTINGS = {
     "sync_every": 4, "lr": 0.7, "momentum": 0.9, "boundary": "steps", "rounds": 2, "tokens": None,
@@ -107,94 +98,3 @@ def test_a_damaged_journal_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "store" / "journal" / "0000000002.json").write_text("{}")
     assert main([str(tmp_path)]) == 1
     assert "journal" in capsys.readouterr().err
-
-
-# ---- sweeps ----
-
-
-def test_regions_of_a_sweep() -> None:
-    assert split_regions(["+region=eu", "outer.lr=0.3", "run.dir=x"]) == ([Region("eu")], ["outer.lr=0.3"])
-    assert split_regions(["+regions=[eu,{name:us,nproc:2}]"]) == ([Region("eu"), Region("us", 2)], [])
-    for bad in ([], ["+region=eu", "+regions=[us]"]):
-        with pytest.raises(ConfigError, match=r"add either \+region=eu or '\+regions="):
-            split_regions(bad)
-
-
-def test_the_result_is_the_latest_evaluation(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no evaluation"):
-        final_loss(tmp_path, ["eu", "us"])
-    for region, (number, loss) in {"eu": (3, 1.5), "us": (2, 1.25)}.items():
-        with Metrics(tmp_path / region / "metrics.jsonl") as metrics:
-            metrics.record(EvalRecord(number, loss, loss, 1, 1.0))
-    assert final_loss(tmp_path, ["eu", "us"]) == (1.5, 1.5)
-    with Metrics(tmp_path / "us" / "metrics.jsonl") as metrics:
-        metrics.record(EvalRecord(4, math.nan, math.nan, 1, 1.0))
-    assert final_loss(tmp_path, ["eu", "us"]) == (math.inf, math.inf)
-
-
-def test_table_is_sorted() -> None:
-    results = [Result("0", ("a=1",), 2.5, 3.6, Path()), Result("1", ("a=2", "b=3"), 1.5, 2.2, Path())]
-    assert table(results).splitlines() == [
-        "held-out  bits/byte  job  overrides",
-        "  1.5000      2.200    1  a=2 b=3",
-        "  2.5000      3.600    0  a=1",
-    ]
-
-
-SWEEP = """
-    from launch import sweep
-    sweep.TRAIN, sweep.LIGHTHOUSE = "fake_train", "fake_lighthouse"
-    sweep.main()
-"""
-TRAIN = """
-    import sys
-    from pathlib import Path
-    from diloco.metrics import EvalRecord, Metrics
-    args = dict(a.split("=", 1) for a in sys.argv[1:])
-    lr = float(args["outer.lr"])
-    if lr < 0:
-        sys.exit(print(f"outer.lr={lr} is negative", file=sys.stderr) or 2)
-    with Metrics(Path(args["run.dir"], args["+region"], "metrics.jsonl")) as metrics:
-        metrics.record(EvalRecord(1, lr + 1, lr + 2, 1, 1.0))
-"""
-
-
-def run_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "region").mkdir(parents=True)
-    (folder / "config.yaml").write_text("outer: {lr: 0.7}\nhydra: {output_subdir: null}\n")
-    (folder / "region" / "eu.yaml").write_text("name: eu\n")
-    lighthouse = "import signal; print('lighthouse http://127.0.0.1:1', flush=True); signal.pause()"
-    for name, text in {"sweeping": SWEEP, "fake_train": TRAIN, "fake_lighthouse": lighthouse}.items():
-        (folder / f"{name}.py").write_text(textwrap.dedent(text))
-    command = [sys.executable, "sweeping.py", "--config-path", str(folder), *arguments]
-    env = {"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=60)
-
-
-def test_a_sweep_runs_each_job_and_ends_with_a_table(tmp_path: Path) -> None:
-    done = run_sweep(tmp_path, "-m", "+region=eu", "outer.lr=0.7,0.3", "hydra.sweep.dir=out")
-    assert done.returncode == 0, done
-    assert [line.split() for line in done.stdout.splitlines()[-2:]] == [
-        ["1.3000", "2.300", "1", "+region=eu", "outer.lr=0.3"],
-        ["1.7000", "2.700", "0", "+region=eu", "outer.lr=0.7"],
-    ]
-    assert (tmp_path / "out" / "1" / "eu" / "metrics.jsonl").exists()
-
-
-def test_a_job_that_fails_ends_the_sweep_with_its_code(tmp_path: Path) -> None:
-    done = run_sweep(tmp_path, "-m", "+region=eu", "outer.lr=-1,0.3")
-    assert done.returncode == 2 and "outer.lr=-1.0 is negative" in done.stdout and "Traceback" not in done.stderr
-    assert "outer.lr=0.3" not in done.stdout.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["+region=eu"], "runs sweeps: add -m"),
-        (["-m", "outer.lr=1"], "+region=eu or"),
-        (["-m", "+region=eu", "outer.lrr=1,2"], "did you mean outer.lr?"),
-    ],
-)
-def test_a_sweep_that_cannot_be_is_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
-    done = run_sweep(tmp_path / "a", *arguments)
-    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done

@@ -41,6 +41,10 @@ def slow_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return next_token_loss(model, tokens)
 
 
+def failing_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("this loss was never meant to be")
+
+
 def stuck_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """An inner step inside a native call that does not end, and that no signal interrupts: a mutex locked twice."""
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)

@@ -51,6 +51,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_is_whole(python: Path, tmp_path: Path) -> None:
     packages = "diloco, ckpt, elastic, launch, configs"
+    assert "launch.sweep report DIR" in run(python.parent / "diloco-sweep", "--help", cwd=tmp_path), (
+        "its plugin is there"
+    )
     found = run(python, "-c", f"import {packages}\nfor m in ({packages}): print(m.__file__)", cwd=tmp_path)
     assert [line.startswith(str(python.parents[1])) for line in found.split()] == [True] * 5, found
     shipped = Path(found.split()[-1]).parent
