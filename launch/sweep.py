@@ -36,6 +36,9 @@ EXTRAS = {
     "hydra/launcher=ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
 }
 
+PLUGINS = Path(__file__).parent / "plugins"
+"""Where Hydra finds our launcher."""
+
 
 def run_one(cfg: DictConfig) -> float:
     """One job, for a launcher such as Ray's that calls it where it shall run. Returns the final held-out loss in nats per
@@ -106,6 +109,7 @@ def sweep(arguments: Sequence[str]) -> int:
 
 def hydrate() -> int:
     """Hands over to Hydra, which reads sys.argv. Raises ConfigError."""
+    sys.path.append(str(PLUGINS))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what is wrong with the overrides instead of printing it
     try:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="sweep")(run_one)()

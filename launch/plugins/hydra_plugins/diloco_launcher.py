@@ -1,5 +1,5 @@
-"""Hydra's launcher for launch.sweep: jobs side by side on this machine, `sweep.parallel` at once. Hydra looks for plugins
-in this namespace package only."""
+"""Hydra's launcher for launch.sweep: jobs side by side on this machine, `sweep.parallel` at once. Hydra takes plugins
+from the namespace package hydra_plugins only; launch.sweep puts this part of it on the path."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from launch.jobs import check, make_job, run_jobs
+
 
 class SideBySide(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -22,8 +24,6 @@ class SideBySide(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One batch. Every job returns a number, which a sweeper may minimize. Raises ConfigError, before anything has
         started, if the first batch holds a job that cannot be; in a later one, it fails alone."""
-        from launch.jobs import check, make_job, run_jobs  # Hydra imports plugins whoever starts it
-
         jobs = [make_job(overrides, self._dir, num) for num, overrides in enumerate(job_overrides, initial_job_idx)]
         if initial_job_idx == 0:
             with aside():
