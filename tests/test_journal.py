@@ -462,7 +462,7 @@ def test_counters_do_not_change_the_state() -> None:
     before = deepcopy(log.state)
     saved = counters(log.state)
     assert log.state == before
-    assert saved["pool"] == [["eu", 0, 20], ["us", 20, 40]] and saved["cursor"] == 40
+    assert saved["pool"] == [["eu", 0, 20, ""], ["us", 20, 40, ""]] and saved["cursor"] == 40
 
 
 def test_a_later_rewind_may_supersede() -> None:
