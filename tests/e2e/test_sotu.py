@@ -69,11 +69,15 @@ def test_each_region_has_a_century_of_its_own(cluster: Cluster, tokenizer: str, 
         texts = {path.read_text() for path in (package(SOTU) / "data").glob("*.txt")}
         assert set(documents(cluster.directory / "all", found["all"], "heldout")) <= texts
 
-    model = (
-        "model.args={vocab: %d, dim: 32, layers: 2, heads: 2, kv_heads: 2, ffn: 64, tied: true}" % found["all"]["vocab"]
-    )
-    settings = [*SHORT, model, "outer.sync_every=16", "run.rounds=6", "elastic.start_regions=2", "inner.batch=2"]
-    settings += ["data=prepared", f"data.path={cluster.directory}/all", "inner.lr=0.01", "inner.warmup=0"]
+    shape = f"vocab: {found['all']['vocab']}, dim: 32, layers: 2, heads: 2, kv_heads: 2, ffn: 64, tied: true"
+    settings = [*SHORT, f"model.args={{{shape}}}", "outer.sync_every=16", "run.rounds=6", "elastic.start_regions=2"]
+    settings += [
+        "inner.batch=2",
+        "data=prepared",
+        f"data.path={cluster.directory}/all",
+        "inner.lr=0.01",
+        "inner.warmup=0",
+    ]
     for region, century in (("eu", "old"), ("us", "new")):
         own = f"region.sources=[{{name: {century}, weight: 1, path: {cluster.directory}/{century}}}]"
         cluster.start(region, own, base=settings)
