@@ -54,9 +54,10 @@ def build_own(cfg: RegionConfig, data: DataConfig, vocab: int, seq_len: int, see
         name, share = _name(where, part, [own.name for own in found]), _share(where, part)
         order = hashlib.sha256(f"{seed}/{cfg.name}/{name}".encode()).digest()
         samples = build_part(data, where, part, seq_len, int.from_bytes(order[:8], "big"))
-        if samples.source.vocab > vocab:
+        if samples.source.vocab != vocab:
             raise ConfigError(
-                f"{where} ({name}) has {samples.source.vocab} tokens, and data has {vocab}: prepare both with one tokenizer"
+                f"{where} ({name}) has a vocabulary of {samples.source.vocab}, and data one of {vocab}: prepare both with one "
+                "tokenizer"
             )
         found.append(Own(name, share, samples))
     if (total := sum(own.share for own in found)) > 1:
@@ -106,6 +107,8 @@ class Regional:
 
     def batch(self, ids: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]."""
+        if not self.own:
+            return self.data.batch(ids)
         return torch.from_numpy(np.stack([self._sample(*divmod(each, SOURCE)) for each in ids]))
 
     def _sample(self, source: int, index: int) -> np.ndarray:

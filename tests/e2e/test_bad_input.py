@@ -97,6 +97,30 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such data": ([EU, "data.path=nowhere"], ["data.path=nowhere does not exist", FIX]),
     "empty data": ([EU, "data.path=empty"], ["data.path=empty holds no text", FIX]),
     "no data path": ([EU, "data=text"], ["data.path is not set", "add data.path=VALUE"]),
+    "epochs of a mixture": (
+        [EU, "run.epochs=1", "data.sources=[{path: text.txt, weight: 1}]"],
+        ["run.epochs=1", "data.sources", "set run.tokens"],
+    ),
+    "own source without name": (
+        [EU, "region.sources=[{weight: 1, path: text.txt}]"],
+        ["region.sources[0]=", "has no name", "write it as"],
+    ),
+    "own sources of one name": (
+        [EU, "region.sources=[{name: a, weight: 0.5}, {name: a, weight: 0.5}]"],
+        ["region.sources[1].name=a", "give each its own"],
+    ),
+    "share of an own source": (
+        [EU, "region.sources=[{name: a, weight: 2}]"],
+        ["region.sources[0].weight=2", "set it above 0"],
+    ),
+    "own sources beyond all": (
+        [EU, "region.sources=[{name: a, weight: 0.7}, {name: b, weight: 0.7}]"],
+        ["region.sources: the weights sum to 1.4", "set them to shares"],
+    ),
+    "own source elsewhere": (
+        [EU, "region.sources=[{name: a, weight: 1, path: nowhere}]"],
+        ["region.sources[0]: data.path=nowhere does not exist", FIX],
+    ),
     "H": ([EU, "outer.sync_every=5", "outer.fragments=2"], ["outer.sync_every=5", "outer.fragments=2", FIX]),
     "merge": ([EU, "outer.merge=add"], ["outer.merge=add is not known", "set it to rebase or mix"]),
     "alpha": ([EU, "outer.merge=mix", "outer.alpha=1"], ["outer.alpha=1.0", "set 0 <= alpha < 1"]),
