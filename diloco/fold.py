@@ -64,15 +64,8 @@ def _check(state: State) -> None:
     places = [(x.source, x.applied, x.stop) for m in state.members.values() for x in m.leases if x.left]
     places = sorted([*places, *((r.source, r.start, r.stop) for r in state.ledger.pool)])
     ledger = state.ledger
-    counts = [
-        state.rounds,
-        ledger.cursor,
-        *ledger.own.values(),
-        ledger.applied,
-        ledger.dropped,
-        ledger.rejected,
-        ledger.skipped,
-    ]
+    counts = [ledger.applied, ledger.dropped, ledger.rejected, ledger.skipped]
+    counts += [state.rounds, ledger.cursor, *ledger.own.values()]
     counts += [n for _, *ends in places for n in ends]
     counts += [n for fragment in state.fragments for n in (fragment.base, fragment.rounds)]
     if not all(type(n) is int and n >= 0 for n in counts):
@@ -111,9 +104,10 @@ def _join(state: State, entry: Entry) -> State:
     for old in [m.id for m in state.members.values() if m.region == entry["region"]]:
         state = _end(state, old)
     places, own = (tuple(entry["endpoints"]), tuple(entry["data"])), own_sources(entry)
-    member = Member(entry["member"], entry["region"], *places, entry["samples_per_step"], (), state.rounds)
-    common = Fraction(1) - sum(share for share, _ in own.values())
-    member = replace(member, shares=(("", common), *((source, share) for source, (share, _) in own.items())))
+    shares = [(source, share) for source, (share, _) in own.items()]
+    shares = [("", 1 - sum((share for _, share in shares), Fraction(0))), *shares]
+    who = entry["member"], entry["region"], *places, entry["samples_per_step"]
+    member = Member(*who, (), state.rounds, shares=tuple(shares))
     known = {**state.sources, **{source: digest for source, (_, digest) in own.items()}}
     state = replace(state, members={**state.members, member.id: member}, sources=known)
     return _top_up(state, member.id) if state.ledger.handed > 0 else _begin(state)
