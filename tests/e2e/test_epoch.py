@@ -119,6 +119,7 @@ def test_every_sample_of_an_epoch_counts_once(cluster: Cluster, capsys: Any) -> 
     assert state is not None and state.stopped == f"run.epochs reached: {SAMPLES:,} samples"
     assert state.settled >= SAMPLES and not entries(cluster, "rewind")
     check(cluster, "eu", "us", "asia", "mars")
+    capsys.readouterr()
     assert main(["tokens", str(cluster.run)]) == 0
     *rows, last = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     numbers = [int(n.replace(",", "")) for n in last[2:]]
