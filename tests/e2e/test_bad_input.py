@@ -245,6 +245,11 @@ AGAINST: dict[str, tuple[list[str], list[str]]] = {
     "another length": (["inner.seq_len=64"], ["inner.seq_len is 32 there and 64 here", "set run.dir"]),
     "other fragments": (["outer.fragments=2"], ["outer.fragments is 1 there and 2 here", "set run.dir"]),
     "other data": (["data.pattern=a*.py"], ["data", "there and", "here", "set run.dir"]),
+    "another seed": (["run.seed=1"], ["run.seed=1, but", "was begun with 0", "set run.seed=0"]),
+    "other own data": (
+        ["region.sources=[{name: mine, weight: 0.5, pattern: b*.py}]"],
+        ["region.sources[0] (mine) is other data", "there and", "here", "or another name"],
+    ),
     "never resume": (["ckpt.resume=never"], ["ckpt.resume=never", "rounds: set run.dir to a new directory"]),
     "another store": (["run.store=elsewhere"], ["run.store=elsewhere", "run.dir=", "set run.dir to a new directory"]),
 }
@@ -255,7 +260,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cluster
     """One that was left, and one that is finished."""
     runs = {name: Cluster(tmp_path_factory.mktemp(name)) for name in ("left", "finished")}
     try:
-        runs["left"].start("eu", "outer.sync_every=4", "run.rounds=100000")
+        mine = "region.sources=[{name: mine, weight: 0.5, pattern: a*.py}]"
+        runs["left"].start("eu", "outer.sync_every=4", "run.rounds=100000", mine)
         runs["finished"].start("eu", "outer.sync_every=4", "run.rounds=1")
         runs["finished"].finish()
         runs["left"].until(lambda: runs["left"].rounds() >= 2)
