@@ -74,10 +74,10 @@ def test_each_region_has_times_of_its_own(cluster: Cluster, tokenizer: str, ever
     settings = [*SHORT, f"model.args={{{shape}}}", "outer.sync_every=16", "run.rounds=6", "elastic.start_regions=2"]
     settings += [
         "inner.batch=2",
-        "data=prepared",
-        f"data.path={cluster.directory}/all",
         "inner.lr=0.01",
         "inner.warmup=0",
+        "data=prepared",
+        f"data.path={cluster.directory}/all",
     ]
     for region, century in (("eu", "old"), ("us", "new")):
         own = f"region.sources=[{{name: {century}, weight: 1, path: {cluster.directory}/{century}}}]"
