@@ -12,8 +12,8 @@ from fractions import Fraction
 from diloco.ledger import Lease, LeaseReader
 from diloco.mixture import Mixture
 
-SOURCE = 1 << 64
-"""A sample's id is its index in its source, plus SOURCE times the number of the source, which is 0 for `data`."""
+SOURCE = 1 << 48
+"""A sample's id is its index in its source, plus SOURCE times the number of the source, which is 0 for `data`: an int64."""
 
 Ranges = Mapping[str, list[list[int]]]
 

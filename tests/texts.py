@@ -31,7 +31,7 @@ def package(name: str) -> Path:
 def _unpack(name: str, directory: Path) -> Path:
     if shutil.which("npm") is None:
         pytest.skip(f"{name} cannot be fetched: there is no npm")
-    command = ["npm", "pack", "--silent", name]
+    command = ["npm", "pack", "--silent", "--fetch-retries=1", "--fetch-timeout=30000", name]
     try:
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
