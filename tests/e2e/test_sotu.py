@@ -84,7 +84,7 @@ def test_each_region_has_times_of_its_own(cluster: Cluster, tokenizer: str, ever
         cluster.start(region, own, base=settings)
     cluster.finish()
     losses = [record["bits_per_byte"] for record in cluster.records("eu", "eval")]
-    assert losses[-1] < losses[0] - 0.3, losses
+    assert losses[-1] < losses[0] - 0.15, losses
     assert main(["tokens", str(cluster.run)]) == 0
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[:2] == [["eu", "eu/old"], ["us", "us/new"]], rows
