@@ -25,6 +25,8 @@ Sample = tuple[str, int]
 """(source, index)."""
 REGIONS = ("asia", "eu", "us")
 WHO = st.sampled_from(REGIONS)
+SOME = st.sets(WHO, min_size=1)
+OWN = st.sampled_from(["", "1/4", "1"])
 FRAGMENT = st.integers(0, 2)
 
 
@@ -41,8 +43,8 @@ class Life:
 
 
 class Accounts(RuleBasedStateMachine):
-    @initialize(fragments=st.integers(1, 3), start_regions=st.integers(1, 2))
-    def open(self, fragments: int, start_regions: int) -> None:
+    @initialize(fragments=st.integers(1, 3), start_regions=st.integers(1, 2), own=OWN)
+    def open(self, fragments: int, start_regions: int, own: str) -> None:
         self.fragments = fragments
         self.log = Log(opening(fragments=fragments, ahead=6, lease_rounds=2, start_regions=start_regions))
         self.lives: dict[str, Life] = {}
@@ -52,6 +54,8 @@ class Accounts(RuleBasedStateMachine):
         self.saved: list[tuple[int, dict[str, Any], dict[Sample, str], set[Sample]]] = []
         self.number = 0
         self.save()
+        self.join("eu", 2, own, False)
+        self.join("us", 1, "", False)
 
     def hear(self) -> None:
         """Every loop has read the journal; who is no member any more has ended."""
@@ -67,7 +71,7 @@ class Accounts(RuleBasedStateMachine):
     def pool(self) -> list[Sample]:
         return [(back.source, i) for back in self.log.state.ledger.pool for i in range(back.start, back.stop)]
 
-    @rule(region=WHO, batch=st.integers(1, 3), own=st.sampled_from(["", "1/4", "1"]), kept=st.booleans())
+    @rule(region=WHO, batch=st.integers(1, 3), own=OWN, kept=st.booleans())
     def join(self, region: str, batch: int, own: str, kept: bool) -> None:
         """Also again: with the parameters that it had saved, or without."""
         before, self.number = self.lives.get(region), self.number + 1
@@ -82,39 +86,58 @@ class Accounts(RuleBasedStateMachine):
             if life.reader.resume(json.loads(json.dumps(ranges))):
                 life.taken = [(name, i) for name, there in ranges.items() for a, b in there for i in range(a, b)]
 
-    @rule(region=WHO)
-    def leave(self, region: str) -> None:
-        if life := self.lives.get(region):
+    @rule(region=WHO, lasting=st.booleans())
+    def leave(self, region: str, lasting: bool) -> None:
+        if (life := self.lives.get(region)) and not lasting:
             self.log.add({"kind": "leave", "member": life.member})
             self.hear()
 
-    @rule(region=WHO, count=st.integers(1, 9))
-    def train(self, region: str, count: int) -> None:
-        if life := self.lives.get(region):
+    @rule(who=SOME, count=st.integers(1, 9))
+    def train(self, who: set[str], count: int) -> None:
+        for life in (self.lives[region] for region in sorted(who & self.lives.keys())):
             ids = life.reader.take(min(count, life.reader.available()))
             life.taken += [(life.reader.names[i // SOURCE], i % SOURCE) for i in ids]
 
-    @rule(region=WHO, fragment=FRAGMENT)
-    def snapshot(self, region: str, fragment: int) -> None:
-        life, f = self.lives.get(region), fragment % self.fragments
-        if life is not None:
-            key = self.log.state.epoch, self.log.state.fragments[f].base
+    @rule(who=SOME, fragment=FRAGMENT)
+    def contribute(self, who: set[str], fragment: int) -> None:
+        f = fragment % self.fragments
+        key = self.log.state.epoch, self.log.state.fragments[f].base
+        for life in (self.lives[region] for region in sorted(who & self.lives.keys())):
             if f not in life.snapshots or life.snapshots[f][0] != key:
                 said = answer(life.member, *map(tuple, life.reader.claims()))
                 life.snapshots[f] = key, len(life.taken), said
 
     @precondition(lambda self: self.log.state.ledger.handed)
-    @rule(fragment=FRAGMENT, who=st.sets(WHO, min_size=1))
-    def commit(self, fragment: int, who: set[str]) -> None:
+    @rule(fragment=FRAGMENT, without=st.sets(WHO, max_size=2))
+    def commit(self, fragment: int, without: set[str]) -> None:
         f = fragment % self.fragments
         key = self.log.state.epoch, self.log.state.fragments[f].base
-        ready = {r: x for r, x in self.lives.items() if r in who and x.snapshots.get(f, (None,))[0] == key}
+        ready = {r: x for r, x in self.lives.items() if r not in without and x.snapshots.get(f, (None,))[0] == key}
         if ready:
             self.log.add(self.log.round(*(x.snapshots[f][2] for x in ready.values()), fragment=f))
             for region, life in ready.items():
                 covered = life.taken[: life.snapshots.pop(f)[1]]
                 self.applied |= {sample: region for sample in covered if sample not in self.applied}
             self.hear()
+
+    @precondition(lambda self: self.log.state.ledger.handed)
+    @rule(
+        who=SOME, count=st.integers(1, 9), fragment=FRAGMENT, more=st.integers(0, 3), without=st.sets(WHO, max_size=2)
+    )
+    def round(self, who: set[str], count: int, fragment: int, more: int, without: set[str]) -> None:
+        """As most of them go: steps, boundary, steps meanwhile, commit; or the next fragment's round is faster."""
+        self.train(who, count)
+        self.contribute(who, fragment)
+        if more:
+            self.train(who, more)
+            self.contribute(who, fragment + 1)
+            self.commit(fragment + 1, without)
+        self.commit(fragment, without)
+
+    @rule(fragment=FRAGMENT, count=st.integers(1, 9))
+    def round_of_all(self, fragment: int, count: int) -> None:
+        if self.log.state.ledger.handed:
+            self.round(set(REGIONS), count, fragment, 1, set())
 
     @rule()
     def save(self) -> None:
@@ -123,7 +146,9 @@ class Accounts(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 9), skip=st.booleans())
     def rewind(self, which: int, skip: bool) -> None:
-        seq, there, applied, skipped = self.saved[which % len(self.saved)]
+        if which >= len(self.saved):
+            return  # not as often as all else
+        seq, there, applied, skipped = self.saved[which]
         if skip and on_path(seq, path_of(self.log.entries)):
             held = {sample for leased in self.leased().values() for sample in leased}
             self.skipped = (held | self.skipped | self.applied.keys()) - applied.keys()
