@@ -29,6 +29,7 @@ from diloco.inner import InnerConfig
 from diloco.mixing import build_samples
 from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
+from diloco.regional import RegionConfig, build_own
 from diloco.tracker import TrackerConfig
 from elastic.addresses import host_port, is_local
 from elastic.lighthouse import ElasticConfig
@@ -49,6 +50,8 @@ class RunConfig:
     """Stop after this many rounds (outer steps of one fragment)."""
     tokens: int | None = None
     """Stop after this many tokens of all regions in committed rounds."""
+    epochs: int | None = None
+    """Stop once every sample of so many passes over `data` is in a committed round, or dropped."""
     seed: int = 0
     report_every: int = 10
     """Inner steps between two report lines."""
@@ -70,11 +73,6 @@ class ModelConfig:
     loss_args: dict[str, Any] = field(default_factory=dict)
     plan: str | None = None
     """Callable (model, tp) -> tensor-parallel plan; needed for parallel.tp > 1 only."""
-
-
-@dataclass
-class RegionConfig:
-    name: str = ""
 
 
 @dataclass
@@ -194,6 +192,7 @@ def validate(cfg: Config, world: int) -> None:
     if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
         raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
+    build_own(cfg.region, cfg.data, samples.source.vocab, cfg.inner.seq_len, cfg.run.seed)
     _validate_model(cfg, samples.source.vocab)
 
 
@@ -247,12 +246,19 @@ def _validate_run(cfg: Config) -> None:
         raise ConfigError(
             f"{shown}: add +region=eu, +region=us or +region=asia, or region.name=NAME (letters, digits, . and -)"
         )
-    if cfg.run.rounds is None and cfg.run.tokens is None:
-        raise ConfigError("run.rounds=null and run.tokens=null: set one of them, it says when the run is done")
-    for key in ("rounds", "tokens", "report_every"):
+    if cfg.run.rounds is None and cfg.run.tokens is None and cfg.run.epochs is None:
+        raise ConfigError(
+            "run.rounds=null, run.tokens=null and run.epochs=null: set one of them, it says when the run is done"
+        )
+    for key in ("rounds", "tokens", "epochs", "report_every"):
         value = getattr(cfg.run, key)
         if value is not None and value < 1:
             raise ConfigError(f"run.{key}={value} must be at least 1: set it to a positive number")
+    if cfg.run.epochs is not None and cfg.data.sources:
+        raise ConfigError(
+            f"run.epochs={cfg.run.epochs} counts passes over one source, and data.sources mixes several by weight: set "
+            "run.tokens instead"
+        )
     checkpointing.validate(cfg.ckpt)
 
 

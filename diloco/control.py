@@ -194,7 +194,7 @@ class Control:
             print(f"{self.member}: {'the run is paused, waiting' if state.paused else 'the run goes on'}", flush=True)
         if state.paused:
             return
-        begun = state.ledger.cursor > 0
+        begun = state.ledger.handed > 0
         lonely = waiting and (not begun or self.coordinator.lonely())
         if lonely and not self._told:
             wanted = self.coordinator.machine.wanted() if begun else state.settings.start_regions
@@ -221,7 +221,7 @@ class Control:
         """Whose boundary has come, if any's has: after H / fragments steps, or because the leases are used up, as a region's
         are that was left out of several rounds. Never without work, as it may be after a restart: a round of nothing but such
         contributions has no weight, and cannot be committed."""
-        used_up = state.ledger.cursor > 0 and status.samples < self.limits.batch and not status.ages
+        used_up = state.ledger.handed > 0 and status.samples < self.limits.batch and not status.ages
         here = status.overdue > 0 or status.since >= state.sync_interval or used_up
         fragment = state.next_fragment(status.ages.keys()) if here else None
         return fragment if fragment is not None and status.work[fragment] else None

@@ -103,7 +103,7 @@ def _replay(store: Store, name: str, rest: Sequence[str]) -> int:
 
 def _tokens(store: Store, name: str, rest: Sequence[str]) -> int:
     state, counts = tally.tally(_journal(store, name)[1])
-    print("\n".join([*tally.table(state, counts), *tally.by_source(state)]))
+    print("\n".join(tally.table(state, counts)))
     if wrong := tally.differs(state, counts):
         raise JournalError(wrong)
     return 0

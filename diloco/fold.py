@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 from diloco import norms
 from diloco.ledger import Ledger, Returned, still_wanted
+from diloco.mixture import most
 from diloco.settings import RULES, JournalError, Settings, changed
-from diloco.state import PROTOCOL, Entry, FragmentState, Member, State, canonical, encode_entry, entry_hash
+from diloco.state import PROTOCOL, Entry, FragmentState, Member, State, canonical, encode_entry, entry_hash, own_sources
 from diloco.validity import invalid
 
 __all__ = [
@@ -59,17 +61,20 @@ def fold(state: State | None, data: bytes) -> State:
 
 def _check(state: State) -> None:
     """What holds after any entry: every sample that was handed out is used, dropped, leased or returned, once."""
-    places = [(x.applied, x.stop) for m in state.members.values() for x in m.leases if x.left]
-    places = sorted([*places, *((r.start, r.stop) for r in state.ledger.pool)])
+    places = [(x.source, x.applied, x.stop) for m in state.members.values() for x in m.leases if x.left]
+    places = sorted([*places, *((r.source, r.start, r.stop) for r in state.ledger.pool)])
     ledger = state.ledger
-    counts = [state.rounds, ledger.cursor, ledger.applied, ledger.dropped, ledger.rejected, ledger.skipped]
-    counts += [n for place in places for n in place]
+    counts = [ledger.applied, ledger.dropped, ledger.rejected, ledger.skipped]
+    counts += [state.rounds, ledger.cursor, *ledger.own.values()]
+    counts += [n for _, *ends in places for n in ends]
     counts += [n for fragment in state.fragments for n in (fragment.base, fragment.rounds)]
     if not all(type(n) is int and n >= 0 for n in counts):
         raise ValueError("a count is not a whole number")
-    if any(start >= stop for start, stop in places) or any(a[1] > b[0] for a, b in pairwise(places)):
+    if any(start >= stop for _, start, stop in places):
+        raise ValueError("a range of samples is empty")
+    if any(a[0] == b[0] and a[2] > b[1] for a, b in pairwise(places)):
         raise ValueError("ranges of samples overlap")
-    if ledger.cursor != ledger.handled + sum(stop - start for start, stop in places):
+    if ledger.handed != ledger.handled + sum(stop - start for _, start, stop in places):
         raise ValueError("the samples do not add up")
 
 
@@ -98,10 +103,14 @@ def _join(state: State, entry: Entry) -> State:
     """Ends earlier ids of the region, then grants the first leases: to all at once when the run begins."""
     for old in [m.id for m in state.members.values() if m.region == entry["region"]]:
         state = _end(state, old)
-    places = tuple(entry["endpoints"]), tuple(entry["data"])
-    member = Member(entry["member"], entry["region"], *places, entry["samples_per_step"], (), state.rounds)
-    state = replace(state, members={**state.members, member.id: member})
-    return _top_up(state, member.id) if state.ledger.cursor > 0 else _begin(state)
+    places, own = (tuple(entry["endpoints"]), tuple(entry["data"])), own_sources(entry)
+    shares = [(source, share) for source, (share, _) in own.items()]
+    shares = [("", 1 - sum((share for _, share in shares), Fraction(0))), *shares]
+    who = entry["member"], entry["region"], *places, entry["samples_per_step"]
+    member = Member(*who, (), state.rounds, shares=tuple(shares))
+    known = {**state.sources, **{source: digest for source, (_, digest) in own.items()}}
+    state = replace(state, members={**state.members, member.id: member}, sources=known)
+    return _top_up(state, member.id) if state.ledger.handed > 0 else _begin(state)
 
 
 def _leave(state: State, entry: Entry) -> State:
@@ -116,15 +125,18 @@ def _end(state: State, member: str) -> State:
 
 def _top_up(state: State, member: str) -> State:
     """Leases for `ahead` inner steps, counted from what is applied."""
-    mine = state.members[member]
-    missing = state.settings.ahead * mine.samples_per_step - sum(lease.left for lease in mine.leases)
-    ledger, leases = state.ledger.grant(mine.region, missing)
-    return replace(state, ledger=ledger, members={**state.members, member: replace(mine, leases=mine.leases + leases)})
+    mine, ledger = state.members[member], state.ledger
+    leases, samples = mine.leases, state.settings.ahead * mine.samples_per_step
+    for source, share in mine.shares:
+        missing = most(samples, share) - sum(lease.left for lease in leases if lease.source == source)
+        ledger, new = ledger.grant(mine.region, missing, source)
+        leases += new
+    return replace(state, ledger=ledger, members={**state.members, member: replace(mine, leases=leases)})
 
 
 def _begin(state: State) -> State:
     """Leases for everyone, in the order of their ids, once enough members are there for the run to go on."""
-    if state.ledger.cursor > 0 or len(state.members) >= state.settings.start_regions:
+    if state.ledger.handed > 0 or len(state.members) >= state.settings.start_regions:
         for member in sorted(state.members):
             state = _top_up(state, member)
     return state
@@ -190,7 +202,7 @@ def _set(state: State, entry: Entry) -> State:
         state = _expel(state, entry["expel"])
     if "admit" in entry:
         state = replace(state, expelled=tuple(r for r in state.expelled if r != entry["admit"]))
-    return _begin(state) if state.ledger.cursor > 0 else state
+    return _begin(state) if state.ledger.handed > 0 else state
 
 
 def _lost(state: State, entry: Entry) -> State:
@@ -237,9 +249,9 @@ def _ledger(state: State, there: Mapping[str, Any], skip: bool) -> Ledger:
     counts = {key: there[key] for key in ("applied", "dropped", "rejected")}
     if not skip:
         pool = tuple(Returned(*r) for r in there["pool"])
-        return Ledger(there["cursor"], now.next_id, skipped=there["skipped"], pool=pool, **counts)
+        return Ledger(there["cursor"], there["own"], now.next_id, skipped=there["skipped"], pool=pool, **counts)
     free = sum(r.stop - r.start for r in now.pool)
-    return Ledger(now.cursor, now.next_id, skipped=now.cursor - free - sum(counts.values()), pool=now.pool, **counts)
+    return replace(now, skipped=now.handed - free - sum(counts.values()), **counts)
 
 
 def _stop(state: State, entry: Entry) -> State:
@@ -266,10 +278,11 @@ def counters(state: State) -> dict[str, Any]:
     return {
         "rounds": state.rounds,
         "cursor": ledger.cursor,
+        "own": dict(ledger.own),
         "applied": ledger.applied,
         "dropped": ledger.dropped,
         "rejected": ledger.rejected,
         "skipped": ledger.skipped,
-        "pool": [[r.region, r.start, r.stop] for r in ledger.pool],
+        "pool": [[r.region, r.start, r.stop, r.source] for r in ledger.pool],
         "fragments": [asdict(f) for f in state.fragments],
     }

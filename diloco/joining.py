@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
@@ -52,7 +52,7 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     state = fold_all(entries)
     assert state is not None
     trainer.state = state
-    on_rank_0(region, lambda: _check(cfg, store, state, trainer.fingerprint()))
+    on_rank_0(region, lambda: _check(trainer, store, state))
     if region.rank == 0:
         _own(cfg, state.run)
     data = _connect(trainer, store, stack, exchanges)
@@ -125,7 +125,8 @@ def max_local_steps(cfg: Config) -> int:
     return cfg.elastic.max_local_steps or 4 * cfg.outer.sync_every
 
 
-def settings_of(cfg: Config) -> Settings:
+def settings_of(cfg: Config, epoch: int) -> Settings:
+    """epoch: samples of a pass over `data`."""
     return Settings(
         sync_every=cfg.outer.sync_every,
         lr=cfg.outer.lr,
@@ -133,6 +134,7 @@ def settings_of(cfg: Config) -> Settings:
         boundary=cfg.outer.boundary,
         rounds=cfg.run.rounds,
         tokens=cfg.run.tokens,
+        samples=None if cfg.run.epochs is None else cfg.run.epochs * epoch,
         seq_len=cfg.inner.seq_len,
         seed=cfg.run.seed,
         ahead=max_local_steps(cfg) + cfg.outer.sync_every + cfg.outer.max_overlap_steps,
@@ -158,7 +160,7 @@ def _open(trainer: Trainer, store: Store, journal: Journal) -> list[bytes]:
                 "run": run,
                 "checkpoint": prefix,
                 "fingerprint": trainer.fingerprint(),
-                "settings": asdict(settings_of(trainer.cfg)),
+                "settings": asdict(settings_of(trainer.cfg, trainer.dataset.train_windows)),
             }
             journal.append(fields)
     return _spread(trainer, _reread(journal) if region.rank == 0 else [])
@@ -194,8 +196,9 @@ _MEANS = {
 """Keys of the fingerprint -> keys of the config."""
 
 
-def _check(cfg: Config, store: Store, state: State, mine: dict[str, Any]) -> None:
+def _check(trainer: Trainer, store: Store, state: State) -> None:
     """This region and the run fit. Raises ConfigError with both values."""
+    cfg, mine = trainer.cfg, trainer.fingerprint()
     where = f"the run in {store_url(cfg)}"
     check_start(cfg, store, state.run)
     if cfg.ckpt.resume == "never" and state.rounds > 0:
@@ -206,13 +209,28 @@ def _check(cfg: Config, store: Store, state: State, mine: dict[str, Any]) -> Non
                 f"{where} is of another kind, {_MEANS.get(key, key)} is {value} there and {mine.get(key)} here: use its "
                 "settings, or set run.dir to a new directory"
             )
+    if state.settings.seed != cfg.run.seed:
+        raise ConfigError(
+            f"run.seed={cfg.run.seed}, but {where} was begun with {state.settings.seed}, and the order of its samples is made "
+            f"of that: set run.seed={state.settings.seed}"
+        )
     if cfg.region.name in state.expelled:
         raise ConfigError(f"region.name={expelled(cfg.region.name)}")
     if state.stopped is not None:
         raise ConfigError(f"{where} has ended ({state.stopped}): set run.dir to a new directory")
-    for key, value in asdict(settings_of(cfg)).items():
+    _check_own(trainer, state, where)
+    for key, value in asdict(settings_of(cfg, trainer.dataset.train_windows)).items():
         if getattr(state.settings, key) != value:
             print(f"warning: {key}={value} is ignored, the run goes by {getattr(state.settings, key)}", flush=True)
+
+
+def _check_own(trainer: Trainer, state: State, where: str) -> None:
+    for k, own in enumerate(trainer.own):
+        if (known := state.sources.get(f"{trainer.cfg.region.name}/{own.name}", own.digest)) != own.digest:
+            raise ConfigError(
+                f"region.sources[{k}] ({own.name}) is other data than {where} has had under that name, its digest is {known} "
+                f"there and {own.digest} here: use that data with its inner.seq_len and run.seed, or another name"
+            )
 
 
 # The network
@@ -311,6 +329,7 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str], dat
                 "endpoints": endpoints,
                 "data": data,
                 "samples_per_step": trainer.cfg.inner.batch,
+                "sources": [[own.name, str(own.share), own.digest] for own in trainer.own],
             }
             journal.append(fields)
             new = journal.read()

@@ -87,6 +87,7 @@ def describe(data: bytes, before: State | None = None) -> str:
         text = f"run {entry['run']} · θ₀ in {entry['checkpoint']} · H={entry['settings']['sync_every']}"
     elif kind == "join":
         text = f"{entry['member']} · {len(entry['endpoints'])} rank(s) · {entry['samples_per_step']} samples a step"
+        text += "".join(f" · {share} of its own {name}" for name, share, _ in entry.get("sources", ()))
     elif kind == "set":
         changes = entry.get("settings") or {k: entry[k] for k in ("paused", "expel", "admit") if k in entry}
         text = " · ".join(f"{key}={value}" for key, value in changes.items())

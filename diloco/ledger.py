@@ -1,12 +1,14 @@
 """Who trains on which samples: leases on ranges of the endless, permuted sample order. Pure.
 
-Indices below `cursor` have been handed out. Always: cursor = applied + dropped + rejected + skipped + leased + returned (`pool`).
+Every source of samples has an order of its own: `data`, which is common to all, and those that one region holds alone. Indices
+below a source's cursor have been handed out. Always, over all sources: handed out = applied + dropped + rejected + skipped +
+leased + returned (`pool`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Lease:
     applied: int
     done: int = 0
     """seq of the round that applied the last of it; 0: some are left."""
+    source: str = ""
+    """Empty: `data`; or REGION/NAME, what one region holds alone."""
 
     @property
     def left(self) -> int:
@@ -32,11 +36,15 @@ class Returned:
     region: str
     start: int
     stop: int
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Ledger:
     cursor: int = 0
+    """Of `data`."""
+    own: Mapping[str, int] = field(default_factory=dict)
+    """Source that one region holds alone -> its cursor."""
     next_id: int = 0
     applied: int = 0
     dropped: int = 0
@@ -47,28 +55,39 @@ class Ledger:
     """Samples that a `rewind` with skip_data passed over."""
     pool: tuple[Returned, ...] = ()
 
-    def grant(self, region: str, samples: int) -> tuple[Ledger, tuple[Lease, ...]]:
-        """Leases on `samples` samples: the region's own returned ranges in order, then others', then fresh ones."""
+    @property
+    def handed(self) -> int:
+        """Samples that were handed out."""
+        return self.cursor + sum(self.own.values())
+
+    def grant(self, region: str, samples: int, source: str = "") -> tuple[Ledger, tuple[Lease, ...]]:
+        """Leases on `samples` samples of a source: the region's own returned ranges in order, then others', then fresh ones."""
         ledger, leases = self, []
-        queue = sorted(self.pool, key=lambda r: (r.region != region, r.start))
+        queue = sorted((r for r in self.pool if r.source == source), key=lambda r: (r.region != region, r.start))
         while samples > 0:
             if queue:
-                source = queue.pop(0)
-                taken = min(samples, source.stop - source.start)
-                rest = replace(source, start=source.start + taken)
-                pool = tuple(r for r in ledger.pool if r != source) + ((rest,) if rest.start < rest.stop else ())
-                start, ledger = source.start, replace(ledger, pool=pool)
+                back = queue.pop(0)
+                taken, start = min(samples, back.stop - back.start), back.start
+                rest = replace(back, start=start + taken)
+                pool = tuple(r for r in ledger.pool if r != back) + ((rest,) if rest.start < rest.stop else ())
+                ledger = replace(ledger, pool=pool)
             else:
-                taken, start = samples, ledger.cursor
-                ledger = replace(ledger, cursor=start + taken)
-            leases.append(Lease(ledger.next_id, start, start + taken, start))
+                taken, start = samples, ledger._cursor_of(source)
+                ledger = ledger._moved(source, start + taken)
+            leases.append(Lease(ledger.next_id, start, start + taken, start, source=source))
             ledger = replace(ledger, next_id=ledger.next_id + 1)
             samples -= taken
         return ledger, tuple(leases)
 
+    def _cursor_of(self, source: str) -> int:
+        return self.own.get(source, 0) if source else self.cursor
+
+    def _moved(self, source: str, cursor: int) -> Ledger:
+        return replace(self, own={**self.own, source: cursor}) if source else replace(self, cursor=cursor)
+
     def give_back(self, region: str, leases: Iterable[Lease]) -> Ledger:
         """What is left of `leases` returns to the pool."""
-        back = tuple(Returned(region, lease.applied, lease.stop) for lease in leases if lease.left)
+        back = tuple(Returned(region, lease.applied, lease.stop, lease.source) for lease in leases if lease.left)
         return replace(self, pool=self.pool + back)
 
     @property
@@ -103,7 +122,7 @@ def still_wanted(leases: tuple[Lease, ...], oldest: int) -> tuple[Lease, ...]:
 
 
 class LeaseReader:
-    """A member's own place in its leases: which samples come next, and how far each lease is used. Not shared."""
+    """A member's own place in its leases of one source: which samples come next, and how far each lease is used. Not shared."""
 
     def __init__(self) -> None:
         self.used: dict[int, int] = {}

@@ -38,6 +38,7 @@ class Samples(Protocol):
     def train_windows(self) -> int: ...
     @property
     def heldout_windows(self) -> int: ...
+    def sample(self, index: int, /) -> np.ndarray: ...
     def batch(self, indices: Iterable[int]) -> Tensor: ...
     def heldout(self, i: int) -> np.ndarray: ...
     @property
@@ -54,25 +55,26 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
         if cfg.phases:
             raise ConfigError(f"data.phases={cfg.phases} has no data.sources to weigh: set these, or no phases")
         return Dataset(build_source(cfg), seq_len, cfg.holdout, seed)
-    parts = [_part(cfg, k, part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)]
+    parts = [
+        build_part(cfg, f"data.sources[{k}]", part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)
+    ]
     names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
     return Mixed(parts, names, _schedule(cfg, seq_len))
 
 
-def _part(cfg: DataConfig, k: int, part: Any, seq_len: int, seed: int) -> Dataset:
+def build_part(cfg: DataConfig, where: str, part: Any, seq_len: int, seed: int) -> Dataset:
+    """One source of several. where: its key. Raises ConfigError."""
     known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
     if not isinstance(part, Mapping) or "weight" not in part:
-        raise ConfigError(f"data.sources[{k}]={part} has no weight: write it as {{path: DIR, weight: 0.5}}")
+        raise ConfigError(f"{where}={part} has no weight: write it as {{path: DIR, weight: 0.5}}")
     own = {key: value for key, value in part.items() if key not in ("weight", "name")}
     if unknown := sorted(own.keys() - known):
-        raise ConfigError(
-            f"data.sources[{k}].{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}"
-        )
+        raise ConfigError(f"{where}.{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}")
     try:
         one = replace(cfg, sources=[], phases=[], **own)
         return Dataset(build_source(one), seq_len, one.holdout, seed)
     except ConfigError as error:
-        raise ConfigError(f"data.sources[{k}]: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _schedule(cfg: DataConfig, seq_len: int) -> Schedule:

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import floor
 from typing import Any
 
 
@@ -59,6 +60,12 @@ class Mixture:
             else:
                 counts[node] = n
         return counts
+
+
+def most(samples: int, share: Fraction) -> int:
+    """How many of any `samples` samples in a row are of a source with this share, at most: 1.5 more at one end, less at the
+    other."""
+    return min(samples, floor(samples * share + 3)) if share else 0
 
 
 def _huffman(shares: Sequence[Fraction]) -> Node | int:

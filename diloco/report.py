@@ -72,7 +72,7 @@ class Reporter:
             f"{self.region.world} rank(s), dp {self.region.dp} x tp {self.region.tp} on {self.region.device.type} · "
             f"{trainer.tokens_per_step:,} tokens a step, {trainer.tokens_per_step * cfg.outer.sync_every:,} a round · "
             f"{encoded / 1e6:.2f} MB a contribution ({cfg.codec.name}) · "
-            f"{trainer.dataset.describe()}",
+            f"{trainer.samples.describe()}",
             flush=True,
         )
         self._started = self._round_from = time.monotonic()

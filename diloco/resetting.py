@@ -31,4 +31,4 @@ def resume_samples(trainer: Trainer) -> None:
                 "from the run's parameters",
                 flush=True,
             )
-    trainer.taken = []
+    trainer.taken = {}

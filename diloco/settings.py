@@ -28,12 +28,14 @@ class Settings:
     """Rounds without a sign of a member after which its leases return and it has to join again."""
     start_regions: int
     """Leases are granted once this many members have joined, in order of their ids: so it does not matter who came first."""
+    samples: int | None = None
+    """The run ends once every sample of `data` below this is settled: of run.epochs."""
     max_norm_ratio: float = 10.0
     """Contributions beyond this multiple of the median norm get no weight (`diloco.norms`); 0: all do."""
 
     def __post_init__(self) -> None:
         counts = [self.sync_every, self.seq_len, self.ahead, self.lease_rounds, self.start_regions]
-        limits = [limit for limit in (self.rounds, self.tokens) if limit is not None]
+        limits = [limit for limit in (self.rounds, self.tokens, self.samples) if limit is not None]
         whole = all(type(n) is int and n > 0 for n in counts + limits)
         rates = (self.lr, self.momentum, self.max_norm_ratio)
         if (

@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from diloco import norms
@@ -34,6 +35,8 @@ class Member:
     """Number of committed rounds when it joined or last contributed."""
     dropped: int = 0
     """Samples of its committed rounds that count as dropped."""
+    shares: tuple[tuple[str, Fraction], ...] = (("", Fraction(1)),)
+    """(source, its share of this member's samples), `data` first."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class State:
     """Round whose bits somebody cannot get -> seq of the last `lost` that says so."""
     had: Mapping[int, int] = field(default_factory=dict)
     """Round that was lost -> seq of the `have` that answered."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Source that one region holds alone -> digest of what it was when it first came."""
 
     @property
     def tokens(self) -> int:
@@ -85,6 +90,20 @@ class State:
         """Tokens that committed rounds were trained on, those dropped by `outer.merge=mix` included: what `run.tokens` and
         learning-rate schedules go by."""
         return (self.ledger.applied + self.ledger.dropped) * self.settings.seq_len
+
+    @property
+    def settled(self) -> int:
+        """Samples of `data` below this will not be trained on again."""
+        return min([start for start, _ in self._places()], default=self.ledger.cursor)
+
+    @property
+    def _open(self) -> int:
+        """Samples of `data` that are leased or returned."""
+        return sum(stop - start for start, stop in self._places())
+
+    def _places(self) -> list[tuple[int, int]]:
+        leased = [(x.applied, x.stop) for m in self.members.values() for x in m.leases if x.left and not x.source]
+        return leased + [(r.start, r.stop) for r in self.ledger.pool if not r.source]
 
     def next_fragment(self, in_flight: Collection[int] = ()) -> int | None:
         """Whose boundary is next, of a member with these fragments in flight: they take turns. It may be in flight itself:
@@ -108,6 +127,8 @@ class State:
             return f"run.rounds={limits.rounds} reached"
         if limits.tokens is not None and self.spent >= limits.tokens:
             return f"run.tokens={limits.tokens} reached"
+        if limits.samples is not None and self.settled >= limits.samples:
+            return f"run.epochs reached: {limits.samples:,} samples"
         return None
 
     def weights(self, fragment: int, answers: Sequence[Entry]) -> list[float]:
@@ -127,16 +148,30 @@ class State:
         limits = self.settings
         return norms.rejected(self.fragments[fragment].norms, answers, limits.max_norm_ratio, limits.ahead)
 
-    def progress(self, own_rounds: float, own_tokens: int) -> float:
-        """Share of the run that is done, 0 to 1: what inner learning-rate schedules are functions of. own_rounds, own_tokens:
-        what the asking member did that is in no committed round yet."""
+    def progress(self, own_rounds: float, own_tokens: int, own_samples: int = 0) -> float:
+        """Share of the run that is done, 0 to 1: what inner learning-rate schedules are functions of. own_rounds, own_tokens,
+        own_samples (of `data`): what the asking member did that is in no committed round yet."""
         limits = self.settings
         done = 0.0
         if limits.rounds:
             done = (self.rounds + own_rounds) / limits.rounds
         if limits.tokens:
             done = max(done, (self.spent + own_tokens) / limits.tokens)
+        if limits.samples:
+            done = max(done, (self.ledger.cursor - self._open + own_samples) / limits.samples)
         return min(done, 1.0)
+
+
+def own_sources(entry: Entry) -> dict[str, tuple[Fraction, str]]:
+    """Of a `join`: source that the region holds alone -> (its share of the region's samples, digest of its data). Raises
+    ValueError unless the shares are above 0 and 1 at most in all."""
+    own = {f"{entry['region']}/{name}": (Fraction(share), digest) for name, share, digest in entry.get("sources", ())}
+    shares = [share for share, _ in own.values()]
+    if len(own) < len(entry.get("sources", ())) or any(share <= 0 for share in shares) or sum(shares) > 1:
+        raise ValueError(
+            "the shares of a region's own sources are above 0 and 1 at most in all, and each has a name of its own"
+        )
+    return own
 
 
 def encode_entry(fields: Entry, seq: int, prev: str) -> bytes:

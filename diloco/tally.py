@@ -1,10 +1,10 @@
-"""Where every sample of a run went, region by region, from its journal. Pure."""
+"""Where every sample of a run went, by region and source, from its journal. Pure."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diloco.fold import fold
@@ -15,8 +15,12 @@ from diloco.state import State
 COLUMNS = ("applied", "mix", "norm", "skip", "leased", "returned")
 """Samples in θ; dropped: by outer.merge=mix, by the norm rule, by a rewind with --skip-data; in a member's hands; given back."""
 
-Counts = Counter[tuple[str, str]]
-"""(region, column) -> samples."""
+ALL = "all regions"
+"""No region has a space in its name."""
+Counts = Counter[tuple[str, str, str]]
+"""(region, source, column) -> samples."""
+Span = tuple[str, int, int]
+"""Samples [start, stop) of a source as the ledger names it: empty for `data`, whatever that is mixed of."""
 
 
 def tally(entries: Sequence[bytes]) -> tuple[State, Counts]:
@@ -36,26 +40,43 @@ def tally(entries: Sequence[bytes]) -> tuple[State, Counts]:
 
 
 def _of_round(before: State, entry: dict[str, Any]) -> Counts:
+    """Which samples outer.merge=mix dropped is not known, only how many: those of the first source are named."""
     counts: Counts = Counter()
     out = before.rejected(entry["fragment"], entry["answers"])
     for answer in entry["answers"]:
         member, upto = before.members[answer["member"]], dict(answer["leases"])
-        news = sum(max(upto.get(x.id, 0) - x.applied, 0) for x in member.leases)
-        if answer["member"] in out:
-            counts[member.region, "norm"] += news
+        news = _by_source(before, ((x.source, x.applied, max(upto.get(x.id, 0), x.applied)) for x in member.leases))
+        mixed = 0 if answer["member"] in out else max(answer.get("dropped", 0) - member.dropped, 0)
+        for source, samples in news.items():
+            dropped = min(mixed, samples)
+            mixed -= dropped
+            counts[member.region, source, "mix"] += dropped
+            counts[member.region, source, "norm" if answer["member"] in out else "applied"] += samples - dropped
+    return counts
+
+
+def _by_source(state: State, spans: Iterable[Span]) -> Counter[str]:
+    """Source, as a person named it -> samples."""
+    counts: Counter[str] = Counter()
+    mixture = state.fingerprint.get("mixture") or {}
+    schedule = Schedule.of(mixture["phases"]) if mixture else None
+    for source, start, stop in spans:
+        if source or schedule is None:
+            counts[source or "data"] += stop - start
             continue
-        mixed = min(max(answer.get("dropped", 0) - member.dropped, 0), news)
-        counts[member.region, "mix"] += mixed
-        counts[member.region, "applied"] += news - mixed
+        for name, before, after in zip(mixture["names"], schedule.counts(start), schedule.counts(stop), strict=True):
+            counts[name] += after - before
     return counts
 
 
 def _open(state: State) -> Counts:
     counts: Counts = Counter()
     for member in state.members.values():
-        counts[member.region, "leased"] += sum(lease.left for lease in member.leases)
+        for source, samples in _by_source(state, ((x.source, x.applied, x.stop) for x in member.leases)).items():
+            counts[member.region, source, "leased"] += samples
     for back in state.ledger.pool:
-        counts[back.region, "returned"] += back.stop - back.start
+        for source, samples in _by_source(state, [(back.source, back.start, back.stop)]).items():
+            counts[back.region, source, "returned"] += samples
     return counts
 
 
@@ -64,53 +85,49 @@ def _rewound(before: State, now: Counts, there: Counts, skip: bool) -> Counts:
     not handed out again, stays so."""
     if not skip:
         return there
-    held = now + Counter({key: n for key, n in _open(before).items() if key[1] == "leased"})
+    held = now + Counter({key: n for key, n in _open(before).items() if key[2] == "leased"})
     passed: Counts = Counter()
-    for (region, column), samples in held.items():
-        passed[region, "skip"] += samples - (0 if column == "skip" else there[region, column])
-    kept = Counter({key: n for key, n in there.items() if key[1] != "skip"})
+    for (region, source, column), samples in held.items():
+        passed[region, source, "skip"] += samples - (0 if column == "skip" else there[region, source, column])
+    kept = Counter({key: n for key, n in there.items() if key[2] != "skip"})
     return kept + passed
 
 
 def table(state: State, counts: Counts) -> list[str]:
-    """Lines, in tokens, with the sum that has to come out."""
-    seq_len, regions = state.settings.seq_len, sorted({region for region, _ in counts})
-    rows = [(region, [counts[region, column] for column in COLUMNS]) for region in regions]
-    rows.append(("all", [sum(values) for values in zip(*(row for _, row in rows), strict=True)] or [0] * len(COLUMNS)))
-    head = ("tokens", "applied", "dropped: mix", "dropped: norm", "dropped: skip", "leased", "returned", "handed out")
-    return _columns([head, *((name, *(f"{n * seq_len:,}" for n in (*row, sum(row)))) for name, row in rows)])
-
-
-def by_source(state: State) -> list[str]:
-    """Lines, in tokens: what each source of a mixture gave, all regions together. Nothing if there is no mixture."""
-    if not (mixture := state.fingerprint.get("mixture")):
-        return []
-    schedule, seq_len = Schedule.of(mixture["phases"]), state.settings.seq_len
-    leased = [(lease.applied, lease.stop) for member in state.members.values() for lease in member.leases]
-    given = [(0, state.ledger.cursor)], leased, [(back.start, back.stop) for back in state.ledger.pool]
-    handed, held, returned = (_of_ranges(schedule, ranges) for ranges in given)
-    rows = [
-        (name, *(f"{n * seq_len:,}" for n in (all_of_it - out - back, out, back, all_of_it)))
-        for name, all_of_it, out, back in zip(mixture["names"], handed, held, returned, strict=True)
-    ]
-    return _columns([("source", "applied or dropped", "leased", "returned", "handed out"), *rows])
-
-
-def _of_ranges(schedule: Schedule, ranges: Sequence[tuple[int, int]]) -> list[int]:
-    """Samples of each source in [start, stop) ranges."""
-    counts = [zip(schedule.counts(stop), schedule.counts(start), strict=True) for start, stop in ranges]
-    nothing = [0] * len(schedule.counts(0))
-    return [sum(column) for column in zip(nothing, *([a - b for a, b in pairs] for pairs in counts), strict=True)]
+    """Lines, in tokens: every region's and every source's, and the sum that has to come out."""
+    rows: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    several = len({source for _, source, _ in counts}) > 1
+    for (region, source, column), samples in sorted(counts.items()):
+        for row in ((region, source), *(((ALL, source),) if several else ()), (ALL, "")):
+            rows[row][column] += samples
+    order = sorted(rows, key=lambda row: (row[0] == ALL, row[1] == "", row))
+    seq_len, lines = state.settings.seq_len, []
+    for row in order or [(ALL, "")]:
+        cells = [rows[row][column] * seq_len for column in COLUMNS]
+        lines.append((*row, *(f"{n:,}" for n in (*cells, sum(cells)))))
+    head = (
+        "tokens of",
+        "",
+        "applied",
+        "dropped: mix",
+        "dropped: norm",
+        "dropped: skip",
+        "leased",
+        "returned",
+        "handed out",
+    )
+    return _columns([head, *lines])
 
 
 def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in cells]
+    left = [[*map(str.ljust, line[:2], widths)] for line in cells]
+    return ["  ".join([*names, *map(str.rjust, c[2:], widths[2:])]) for names, c in zip(left, cells, strict=True)]
 
 
 def differs(state: State, counts: Counts) -> str | None:
     """What does not add up, in one sentence."""
-    total, handed = sum(counts.values()), state.ledger.cursor
+    total, handed = sum(counts.values()), state.ledger.handed
     if total == handed:
         return None
     return f"the regions' samples sum to {total:,}, and {handed:,} were handed out"

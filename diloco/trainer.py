@@ -28,12 +28,13 @@ from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner, StepStats, lr_at
 from diloco.journal import Journal
 from diloco.keeping import among_all, hear, save
-from diloco.ledger import LeaseReader
 from diloco.lending import Lender
 from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
 from diloco.mixing import build_samples
 from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Bits, Planes
+from diloco.reading import Ranges, Reader
+from diloco.regional import Regional, build_own, shares_of
 from diloco.report import Reporter
 from diloco.resetting import start_again
 from diloco.saving import Saver
@@ -71,6 +72,8 @@ class Trainer:
     def __init__(self, cfg: Config, region: Region) -> None:
         self.cfg, self.region = cfg, region
         self.dataset = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
+        self.own = build_own(cfg.region, cfg.data, self.dataset.source.vocab, cfg.inner.seq_len, cfg.run.seed)
+        self.samples = Regional(self.dataset, self.own)
         self.model = build_model(cfg, region, self.dataset.source.vocab)
         shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
         self.fragments = group_parameters(shapes, layer_of(self.model), cfg.outer.fragments)
@@ -85,7 +88,7 @@ class Trainer:
         """Compiling the codec is worth it for this rank's slices."""
         self.averaging = build_averaging(cfg, self.planes, self.compiled)
         self.lender = Lender(self.shards, self.inner)
-        self.reader = LeaseReader()
+        self.reader = Reader(shares_of(self.own, cfg.region.name))
         self.report = Reporter(cfg, region, self.dataset.source.bytes_per_token)
         self.clock = Clock(len(self.fragments))
         self.snapshots: dict[int, Snapshot] = {}
@@ -98,7 +101,7 @@ class Trainer:
         """Fragments whose local parameters equal theta."""
         self.behind = False
         """The bits of a round could not be had: a rewind follows, or this region leaves."""
-        self.taken: list[list[int]] = []
+        self.taken: Ranges = {}
         """Before the first leases after a restart: ranges of samples that the local parameters have seen already."""
         self.unproven: dict[tuple[int, int], Roots] = {}
         """(fragment, base) -> digests of theta and moments that were fetched, until an entry names them."""
@@ -153,7 +156,7 @@ class Trainer:
     def inner_step(self) -> None:
         indices = self.reader.take(self.cfg.inner.batch)
         mine = self.cfg.inner.batch // self.region.dp
-        tokens = self.dataset.batch(indices[self.region.dp_rank * mine : (self.region.dp_rank + 1) * mine])
+        tokens = self.samples.batch(indices[self.region.dp_rank * mine : (self.region.dp_rank + 1) * mine])
         self.clock.step(self.tokens_per_step)
         begin = time.monotonic()
         if self.data_parallel:
@@ -171,7 +174,8 @@ class Trainer:
         """Share of the run that is done: committed rounds and tokens, and this region's own since."""
         stamps = [snapshot.stamp for snapshot in self.snapshots.values()]
         ahead = self.clock.own_rounds(stamps, self.state.sync_interval)
-        return self.state.progress(ahead, self.reader.pending * self.cfg.inner.seq_len)
+        tokens = self.reader.pending * self.cfg.inner.seq_len
+        return self.state.progress(ahead, tokens, self.reader.pending_data)
 
     # A round
 

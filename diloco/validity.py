@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from diloco import settings
-from diloco.state import Entry, State
+from diloco.state import Entry, State, own_sources
 
 KINDS = ("join", "leave", "round", "set", "lost", "have", "rewind", "stop")
 """Of entries after the first."""
@@ -27,6 +27,9 @@ def invalid(state: State, entry: Entry) -> str | None:
 def _join(state: State, entry: Entry) -> str | None:
     if entry["region"] in state.expelled:
         return f"{entry['region']} was expelled"
+    for source, (_, digest) in own_sources(entry).items():
+        if state.sources.get(source, digest) != digest:
+            return f"{source} is other data than it was before"
     return f"{entry['member']} is a member already" if entry["member"] in state.members else None
 
 
@@ -82,7 +85,7 @@ def _round(state: State, entry: Entry) -> str | None:
         return f"its attempt began before entry {state.rules}, which changed what weights depend on"
     if state.finished is not None:
         return state.finished
-    if state.ledger.cursor == 0:
+    if state.ledger.handed == 0:
         return f"fewer than elastic.start_regions={state.settings.start_regions} members have joined"
     ids = [answer["member"] for answer in entry["answers"]]
     if not ids or ids != sorted(set(ids)):

@@ -55,6 +55,7 @@ PURE = {
     "diloco/outer.py",
     "diloco/planes.py",
     "diloco/quantize.py",
+    "diloco/reading.py",
     "diloco/rounding.py",
     "diloco/settings.py",
     "diloco/sparse.py",

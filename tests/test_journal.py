@@ -418,6 +418,57 @@ def test_progress_with_both_limits_or_none() -> None:
     assert Log(opening()).state.finished is None
 
 
+# Epochs, and sources that one region holds alone
+
+
+def own(member: str, *sources: tuple[str, str, str]) -> dict[str, Any]:
+    """sources: (name, share, digest)."""
+    return {**joining(member), "sources": [list(source) for source in sources]}
+
+
+def test_a_region_has_leases_on_its_own_sources_besides() -> None:
+    log = Log(opening(), own("eu_1", ("archive", "1/4", "d")), joining("us_1"))
+    mine = [(x.source, x.start, x.stop) for x in log.state.members["eu_1"].leases]
+    assert mine == [("", 0, 18), ("eu/archive", 0, 8)], "20 samples ahead, whichever turn comes first"
+    assert leases(log.state, "us_1") == [(2, 18, 38, 18)]
+    assert (log.state.ledger.cursor, log.state.ledger.own, log.state.ledger.handed) == (38, {"eu/archive": 8}, 46)
+    state = log.add(log.round(answer("eu_1", (0, 6), (1, 2))))
+    assert state.ledger.applied == 8 and state.tokens == 8 * 16, "its own samples count like all others"
+    state = log.add({"kind": "leave", "member": "eu_1"})
+    assert Returned("eu", 2, 8, "eu/archive") in state.ledger.pool
+    assert not any(x.source for m in log.add(log.round(answer("us_1", (2, 38)))).members.values() for x in m.leases)
+    state = log.add(own("eu_2", ("archive", "1", "d")))
+    ranges = [(x.source, x.start, x.stop) for x in state.members["eu_2"].leases]
+    assert ranges == [("eu/archive", 2, 8), ("eu/archive", 8, 10), ("eu/archive", 10, 22)], "with another share now"
+
+
+def test_a_source_of_ones_own_stays_the_same_data() -> None:
+    log = Log(opening(), own("eu_1", ("archive", "1/4", "d")))
+    log.refuses(own("eu_2", ("archive", "1/4", "e")), "eu/archive is other data than it was before")
+    log.add(own("us_1", ("archive", "1/4", "e")))
+    log.add(log.rewind(counters(log.state)))
+    log.refuses(own("eu_2", ("archive", "1/4", "e")), "eu/archive is other data")
+    for wrong in ([("a", "0", "d")], [("a", "-1/2", "d")], [("a", "3/4", "d"), ("b", "1/2", "d")], [("a", "x", "d")],
+                  [("a", "1/4", "d"), ("a", "1/4", "d")], [("a", "1/0", "d")]):  # fmt: skip
+        with pytest.raises(JournalError):
+            log.add(own("eu_2", *wrong))
+
+
+def test_the_run_ends_once_every_sample_of_its_epochs_is_settled() -> None:
+    """Whoever was slow with the first of them, and although others are further."""
+    log = Log(opening(samples=30), joining("eu_1"), joining("us_1"))
+    log.add(log.round(answer("us_1", (1, 40))))
+    assert (log.state.settled, log.state.finished) == (0, None)
+    assert log.state.progress(0, 0, own_samples=3) == pytest.approx(23 / 30)
+    log.add({"kind": "leave", "member": "eu_1"})
+    log.add(log.round(answer("us_1", (2, 60))))
+    assert (log.state.settled, log.state.finished) == (0, None), "what eu gave back is us's now"
+    claims = [(x.id, x.stop) for x in log.state.members["us_1"].leases]
+    log.add(log.round(answer("us_1", *claims)))
+    assert log.state.settled >= 30 and log.state.finished == "run.epochs reached: 30 samples"
+    log.refuses(log.round(answer("us_1")), "run.epochs reached")
+
+
 # Going back
 
 
@@ -462,7 +513,7 @@ def test_counters_do_not_change_the_state() -> None:
     before = deepcopy(log.state)
     saved = counters(log.state)
     assert log.state == before
-    assert saved["pool"] == [["eu", 0, 20], ["us", 20, 40]] and saved["cursor"] == 40
+    assert saved["pool"] == [["eu", 0, 20, ""], ["us", 20, 40, ""]] and saved["cursor"] == 40
 
 
 def test_a_later_rewind_may_supersede() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +14,7 @@ from diloco.ledger import LeaseReader, Returned
 from diloco.lineage import on_path, path_of, rounds_after, spans
 from diloco.losing import Search
 from diloco.mixture import Schedule
-from diloco.tally import COLUMNS, by_source, differs, table, tally
+from diloco.tally import COLUMNS, differs, table, tally
 from tests.test_journal import ACTIONS, Log, answer, check_ledger, joining, opening, two_regions
 
 
@@ -220,26 +219,33 @@ def test_the_tally_sums_to_what_was_handed_out_and_is_the_ledgers(actions: list,
         check_ledger(log.state)
         state, counts = tally(log.entries)
         assert differs(state, counts) is None and min(counts.values(), default=0) >= 0
-        sums = {column: sum(n for (_, c), n in counts.items() if c == column) for column in COLUMNS}
+        sums = {column: sum(n for (_, _, c), n in counts.items() if c == column) for column in COLUMNS}
         ledger = state.ledger
         assert [sums[c] for c in ("applied", "mix", "norm", "skip")] == [
             ledger.applied, ledger.dropped, ledger.rejected, ledger.skipped,
         ]  # fmt: skip
-        assert len(table(state, counts)) == 2 + len({region for region, _ in counts})
+        assert len(table(state, counts)) == 2 + len({region for region, _, _ in counts})
 
 
-def test_sources_sum_to_what_was_handed_out_sample_by_sample() -> None:
+def test_sources_are_told_apart_sample_by_sample() -> None:
     log = two_regions()
     log.add(log.round(answer("eu_1", (0, 5))))
     log.add({"kind": "leave", "member": "us_1"})
-    state, schedule = log.state, Schedule([(0, [Fraction(2), Fraction(1)]), (25, [Fraction(0), Fraction(1)])])
-    assert by_source(state) == []
+    schedule = Schedule([(0, [Fraction(2), Fraction(1)]), (25, [Fraction(0), Fraction(1)])])
     mixture = {"names": ["web", "books"], "phases": json.loads(json.dumps(schedule.describe()))}
-    state = replace(state, fingerprint={**state.fingerprint, "mixture": mixture})
+    mixed = Log({**opening(), "fingerprint": {"fragments": 1, "mixture": mixture}})
+    for fields in map(json.loads, log.entries[1:]):
+        mixed.add({key: value for key, value in fields.items() if key not in ("seq", "prev", "nonce")})
+    state, counts = tally(mixed.entries)
     held = [i for m in state.members.values() for x in m.leases for i in range(x.applied, x.stop)]
     back = [i for r in state.ledger.pool for i in range(r.start, r.stop)]
     assert held and back
-    for source, line in enumerate(by_source(state)[1:]):
-        of = [sum(schedule.locate(i)[0] == source for i in some) for some in (held, back, range(state.ledger.cursor))]
-        expected = [of[2] - of[0] - of[1], *of]
-        assert line.split() == [mixture["names"][source], *(f"{n * state.settings.seq_len:,}" for n in expected)]
+    for k, source in enumerate(mixture["names"]):
+        for region, column, ids in (("eu", "applied", range(5)), ("eu", "leased", held), ("us", "returned", back)):
+            assert counts[region, source, column] == sum(schedule.locate(i)[0] == k for i in ids)
+    rows = [line.split() for line in table(state, counts)]
+    assert [row[:2] for row in rows[1:5]] == [["eu", "books"], ["eu", "web"], ["us", "books"], ["us", "web"]]
+    assert [row[:3] for row in rows[5:7]] == [["all", "regions", "books"], ["all", "regions", "web"]] and len(rows) == 8
+    numbers = [[int(n.replace(",", "")) for n in row[-7:]] for row in rows[1:]]
+    assert all(sum(row[:-1]) == row[-1] for row in numbers)
+    assert numbers[-1] == [sum(column) for column in zip(*numbers[:4], strict=True)]

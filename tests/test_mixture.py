@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
 from diloco.mixing import build_samples
-from diloco.mixture import Mixture, Schedule
+from diloco.mixture import Mixture, Schedule, most
 from tests.test_data import Counting
 
 GOLDEN = [0, 1, 0, 2, 0, 3, 0, 2, 0, 4, 0, 0, 2, 0, 3, 0, 2, 0, 1, 0]
@@ -48,6 +48,17 @@ def test_far_out_the_counts_and_the_places_agree(weights: list[Fraction], n: int
     source, j = mixture.locate(n)
     assert j == before[source] and after == [c + (s == source) for s, c in enumerate(before)] and sum(before) == n
     assert all(abs(c - n * share) <= 1.5 for c, share in zip(before, mixture.shares, strict=True))
+
+
+@given(WEIGHTS, st.integers(0, 10**12), st.integers(0, 10**6))
+def test_no_stretch_of_samples_has_more_of_a_source_than_leases_are_granted_for(
+    weights: list[Fraction], start: int, length: int
+) -> None:
+    mixture = Mixture(weights)
+    before, after = mixture.counts(start), mixture.counts(start + length)
+    for share, a, b in zip(mixture.shares, before, after, strict=True):
+        assert b - a <= most(length, share) <= min(length, length * share + 3)
+    assert most(length, Fraction(1)) == length and most(length, Fraction(0)) == 0
 
 
 def test_a_mixture_is_the_same_for_ever() -> None:

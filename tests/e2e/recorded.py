@@ -1,15 +1,13 @@
 """`diloco.train` that also writes down, per round and rank, the local parameters it put in and the planes it got out.
 
 RECORD names the directory; files are <region>/<seq>-<fragment>-r<rank>-<what>.npy, flat slices: local (the snapshot), before
-and after (local parameters around the merge), theta and momentum (after it), residual (if there is one); and samples.jsonl,
-one [inner step, sample indices] a line. SLOW makes every exchange take as many inner steps, unless the region waits for it.
+and after (local parameters around the merge), theta and momentum (after it), residual (if there is one); and what
+tests/e2e/sampled.py writes. SLOW makes every exchange take as many inner steps, unless the region waits for it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,30 +17,14 @@ from diloco import train, trainer
 from diloco.control import Order
 from diloco.fold import State
 from elastic.coordinator import Commands
+from tests.e2e.sampled import Sampled
 
 
-class Recorded(trainer.Trainer):
+class Recorded(Sampled):
     def train(self) -> Order:
         if self.links.coordinator is not None:
             self._slow_down(int(os.environ.get("SLOW", 0)))
-            self._record_samples()
         return super().train()
-
-    @property
-    def _directory(self) -> Path:
-        directory = Path(os.environ["RECORD"]) / self.cfg.region.name
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
-
-    def _record_samples(self) -> None:
-        take, file = self.reader.take, (self._directory / "samples.jsonl").open("a", buffering=1)
-
-        def recorded_take(count: int) -> list[int]:
-            indices = take(count)
-            file.write(json.dumps([self.clock.steps + 1, indices]) + "\n")
-            return indices
-
-        self.reader.take = recorded_take  # type: ignore[method-assign]
 
     def _slow_down(self, steps: int) -> None:
         """The coordinator hears of the end of an exchange later than it was."""

@@ -97,6 +97,30 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such data": ([EU, "data.path=nowhere"], ["data.path=nowhere does not exist", FIX]),
     "empty data": ([EU, "data.path=empty"], ["data.path=empty holds no text", FIX]),
     "no data path": ([EU, "data=text"], ["data.path is not set", "add data.path=VALUE"]),
+    "epochs of a mixture": (
+        [EU, "run.epochs=1", "data.sources=[{path: text.txt, weight: 1}]"],
+        ["run.epochs=1", "data.sources", "set run.tokens"],
+    ),
+    "own source without name": (
+        [EU, "region.sources=[{weight: 1, path: text.txt}]"],
+        ["region.sources[0]=", "has no name", "write it as"],
+    ),
+    "own sources of one name": (
+        [EU, "region.sources=[{name: a, weight: 0.5}, {name: a, weight: 0.5}]"],
+        ["region.sources[1].name=a", "give each its own"],
+    ),
+    "share of an own source": (
+        [EU, "region.sources=[{name: a, weight: 2}]"],
+        ["region.sources[0].weight=2", "set it above 0"],
+    ),
+    "own sources beyond all": (
+        [EU, "region.sources=[{name: a, weight: 0.7}, {name: b, weight: 0.7}]"],
+        ["region.sources: the weights sum to 1.4", "set them to shares"],
+    ),
+    "own source elsewhere": (
+        [EU, "region.sources=[{name: a, weight: 1, path: nowhere}]"],
+        ["region.sources[0]: data.path=nowhere does not exist", FIX],
+    ),
     "H": ([EU, "outer.sync_every=5", "outer.fragments=2"], ["outer.sync_every=5", "outer.fragments=2", FIX]),
     "merge": ([EU, "outer.merge=add"], ["outer.merge=add is not known", "set it to rebase or mix"]),
     "alpha": ([EU, "outer.merge=mix", "outer.alpha=1"], ["outer.alpha=1.0", "set 0 <= alpha < 1"]),
@@ -221,6 +245,11 @@ AGAINST: dict[str, tuple[list[str], list[str]]] = {
     "another length": (["inner.seq_len=64"], ["inner.seq_len is 32 there and 64 here", "set run.dir"]),
     "other fragments": (["outer.fragments=2"], ["outer.fragments is 1 there and 2 here", "set run.dir"]),
     "other data": (["data.pattern=a*.py"], ["data", "there and", "here", "set run.dir"]),
+    "another seed": (["run.seed=1"], ["run.seed=1, but", "was begun with 0", "set run.seed=0"]),
+    "other own data": (
+        ["region.sources=[{name: mine, weight: 0.5, pattern: b*.py}]"],
+        ["region.sources[0] (mine) is other data", "there and", "here", "or another name"],
+    ),
     "never resume": (["ckpt.resume=never"], ["ckpt.resume=never", "rounds: set run.dir to a new directory"]),
     "another store": (["run.store=elsewhere"], ["run.store=elsewhere", "run.dir=", "set run.dir to a new directory"]),
 }
@@ -231,7 +260,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cluster
     """One that was left, and one that is finished."""
     runs = {name: Cluster(tmp_path_factory.mktemp(name)) for name in ("left", "finished")}
     try:
-        runs["left"].start("eu", "outer.sync_every=4", "run.rounds=100000")
+        mine = "region.sources=[{name: mine, weight: 0.5, pattern: a*.py}]"
+        runs["left"].start("eu", "outer.sync_every=4", "run.rounds=100000", mine)
         runs["finished"].start("eu", "outer.sync_every=4", "run.rounds=1")
         runs["finished"].finish()
         runs["left"].until(lambda: runs["left"].rounds() >= 2)

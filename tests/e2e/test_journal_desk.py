@@ -49,7 +49,7 @@ def checked(desk: Desk, cluster: Cluster) -> None:
     assert code == 0, said
     code, said = desk("tokens")
     state = state_of(cluster)
-    handed = [int(n.replace(",", "")) for n in said.splitlines()[-1].split()[1:]]
+    handed = [int(n.replace(",", "")) for n in said.splitlines()[-1].split()[2:]]
     assert code == 0 and handed[-1] == sum(handed[:-1]) == state.ledger.cursor * state.settings.seq_len, said
     assert handed[0] == state.tokens
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess
+from tests.e2e.sampled import lines
 from tests.e2e.test_trajectories import Wire, check, load, merged
 
 DECAY = 0.9
@@ -53,8 +54,7 @@ def in_flight(cluster: Cluster, *regions: str) -> bool:
 def trained_on(record: Path, region: str) -> list[int]:
     """The samples behind the region's parameters: steps that a restart threw away do not count."""
     steps: dict[int, list[int]] = {}
-    for line in (record / region / "samples.jsonl").read_text().splitlines():
-        step, indices = json.loads(line)
+    for step, indices in filter(lambda line: isinstance(line, list), lines(record, region)):
         steps = {s: i for s, i in steps.items() if s < step} | {step: indices}
     assert list(steps) == list(range(1, len(steps) + 1))
     return [i for indices in steps.values() for i in indices]
