@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, Protocol
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diloco.data import DataConfig, Dataset, build_source, splitmix
+from diloco.data import DataConfig, Dataset, TokenSource, build_source
 from diloco.errors import ConfigError
 from diloco.mixture import Mixture, Schedule
+from diloco.shuffle import splitmix
 
 
 class Facts(Protocol):
@@ -45,6 +47,16 @@ class Samples(Protocol):
         """For the run's fingerprint, if there are several sources: their names, and Schedule.describe()."""
         ...
 
+    @property
+    def shuffle(self) -> list[int]:
+        """For the fingerprint: of each source, windows of a group of its order; 0: it is one permutation."""
+        ...
+
+    @property
+    def readahead(self) -> int:
+        """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
+        ...
+
     def describe(self) -> str: ...
 
 
@@ -53,26 +65,51 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
     if not cfg.sources:
         if cfg.phases:
             raise ConfigError(f"data.phases={cfg.phases} has no data.sources to weigh: set these, or no phases")
-        return Dataset(build_source(cfg), seq_len, cfg.holdout, seed)
+        one = Dataset(build_source(cfg), seq_len, cfg.holdout, seed, cfg.shuffle)
+        _check_room(cfg, [one])
+        return one
     parts = [_part(cfg, k, part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)]
+    _check_room(cfg, parts)
     names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
     return Mixed(parts, names, _schedule(cfg, seq_len))
 
 
+def _check_room(cfg: DataConfig, parts: Sequence[Dataset]) -> None:
+    """The cache of what is streamed holds what is read from and what is fetched ahead."""
+    least = sum(getattr(part.source, "room", 0) for part in parts)
+    if cfg.cache_bytes < least:
+        raise ConfigError(
+            f"data.cache_bytes={cfg.cache_bytes} does not hold twice the tokens of data.shuffle={cfg.shuffle}: set it to {least} "
+            "or more, or data.shuffle to less in all regions"
+        )
+
+
 def _part(cfg: DataConfig, k: int, part: Any, seq_len: int, seed: int) -> Dataset:
-    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
     if not isinstance(part, Mapping) or "weight" not in part:
         raise ConfigError(f"data.sources[{k}]={part} has no weight: write it as {{path: DIR, weight: 0.5}}")
     own = {key: value for key, value in part.items() if key not in ("weight", "name")}
-    if unknown := sorted(own.keys() - known):
-        raise ConfigError(
-            f"data.sources[{k}].{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}"
-        )
+    one, source = source_of(cfg, f"data.sources[{k}]", own)
+    with naming(f"data.sources[{k}]"):
+        return Dataset(source, seq_len, one.holdout, seed, one.shuffle)
+
+
+def source_of(cfg: DataConfig, key: str, own: Mapping[Any, Any]) -> tuple[DataConfig, TokenSource]:
+    """`cfg` with some keys of its own, and what they name. Raises ConfigError naming `key`."""
+    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
+    if unknown := sorted(map(str, own.keys() - known)):
+        raise ConfigError(f"{key}.{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}")
+    one = replace(cfg, sources=[], phases=[], **own)
+    with naming(key):
+        return one, build_source(one)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """A ConfigError inside is one about `key`."""
     try:
-        one = replace(cfg, sources=[], phases=[], **own)
-        return Dataset(build_source(one), seq_len, one.holdout, seed)
+        yield
     except ConfigError as error:
-        raise ConfigError(f"data.sources[{k}]: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _schedule(cfg: DataConfig, seq_len: int) -> Schedule:
@@ -147,6 +184,15 @@ class Mixed:
         assert self._heldout is not None
         source, j = self._heldout.locate(i)
         return self.parts[self._held[source]].heldout(j)
+
+    @property
+    def shuffle(self) -> list[int]:
+        return [group for part in self.parts for group in part.shuffle]
+
+    @property
+    def readahead(self) -> int:
+        """Of the source that allows least: its samples are a part of them only."""
+        return min((part.readahead for part in self.parts if part.readahead), default=0)
 
     def _heldout_length(self) -> int:
         """Up to the first that its source does not have."""

@@ -47,6 +47,7 @@ def run(cfg: Config) -> int:
         stack.callback(region.close)
         signals.trainer = trainer = Trainer(cfg, region)
         stack.callback(trainer.report.close)
+        stack.callback(trainer.loader.close)
         try:
             join(trainer, stack, exchanges)
             signals.joined()

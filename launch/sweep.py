@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diloco.config import explain
 from diloco.errors import ConfigError
-from diloco.metrics import read_metrics
+from diloco.metrics import HELD_OUT, read_metrics
 from launch.local import LIGHTHOUSE, TRAIN, print_line, run_local
 from launch.process import Stop
 from launch.regions import Region, check_regions, find_override, parse_override
@@ -69,6 +69,7 @@ def final_loss(run_dir: Path, regions: Sequence[str]) -> tuple[float, float]:
     """Held-out loss in nats per token, and in bits per byte, of the latest evaluation by any region. Raises
     ConfigError."""
     found = [r for name in regions for r in read_metrics(run_dir / name / "metrics.jsonl", "eval")]
+    found = [record for record in found if record["set"] == HELD_OUT]
     last = max(found, key=lambda record: record["round"], default=None)
     if last is None:
         raise ConfigError(f"{run_dir} holds no evaluation: a sweep needs data.holdout > 0 and evaluations switched on")

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diloco.data import DataConfig, Dataset, build_source, permute, text_bytes
+from diloco.data import DataConfig, Dataset, build_source, text_bytes
 from diloco.errors import ConfigError
+from diloco.shuffle import permute
 
 GOLDEN_10 = [0, 2, 4, 9, 1, 3, 6, 7, 5, 8]
 GOLDEN_1M = [416303, 920774, 439952, 812996]

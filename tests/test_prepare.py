@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from diloco.corpus import prepare as preparing
 from diloco.corpus.command import serve
 from diloco.corpus.documents import Damage, Document, Piece, documents
-from diloco.corpus.folder import COLUMNS, Index, Split, read_index
+from diloco.corpus.folder import COLUMNS, ENDINGS, Index, Split, read_index
 from diloco.corpus.source import prepared
 from diloco.corpus.tokenizing import Bytes, cut, load
 from diloco.corpus.worker import held_out
@@ -401,7 +401,7 @@ def test_a_billion_samples_open_at_once(tmp_path: Path) -> None:
         split = Split.of([{"names": n, **row} for n in names])
         (tmp_path / name / "index.json").write_bytes(Index("<u2", 50257, 50256, {}, 0.0, 0, 0, split).encode())
         for shard in names:
-            for ending in ("tokens", "ends"):
+            for ending in ENDINGS:
                 (tmp_path / name / f"{shard}.{ending}").touch()
             os.truncate(tmp_path / name / f"{shard}.tokens", 2 * tokens)
     command = [sys.executable, "-c", BIG, str(tmp_path / "big"), str(tmp_path / "small")]

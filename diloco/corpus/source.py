@@ -1,21 +1,31 @@
-"""A prepared folder as a data source: data=prepared data.path=DIR. Opening reads the index, and no tokens."""
+"""A prepared folder as a data source: data=prepared data.path=DIR, or its URL. Opening reads the index, and no tokens."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from diloco.corpus.folder import Index, Split, read_index
-from diloco.data import DataConfig, FileTokens
+import numpy as np
+
+from diloco.corpus.cache import Cache, Shard
+from diloco.corpus.folder import CHUNK, Index, Split, is_url, read_index
+from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined
 from diloco.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Prepared:
     index: Index
-    tokens: FileTokens
-    heldout: FileTokens | None
+    tokens: Joined
+    heldout: Joined | None
+    room: int = 0
+    """Bytes of the cache that it needs; 0: it is on this machine."""
+
+    @property
+    def remote(self) -> bool:
+        return self.room > 0
 
     @property
     def vocab(self) -> int:
@@ -33,19 +43,58 @@ class Prepared:
 
 
 def prepared(cfg: DataConfig) -> Prepared:
-    """The folder at `data.path`. Raises ConfigError."""
+    """The folder at `data.path`, a directory or a URL. Raises ConfigError."""
     if not isinstance(cfg.path, str) or cfg.pattern is not None:
         raise ConfigError(
             f"data.path={cfg.path} with data.pattern={cfg.pattern} is not one prepared folder: set data.path to one, "
             "data.pattern=null, and data.sources for several"
         )
-    folder = Path(cfg.path).expanduser()
-    index = read_index(folder, "data.path")
+    remote = is_url(cfg.path)
+    place = cfg.path.rstrip("/") if remote else str(Path(cfg.path).expanduser())
+    index = read_index(place, "data.path")
     if not index.train.names:
-        raise ConfigError(f"data.path={folder} has no tokens to train on: prepare it anew from more text")
-    heldout = _tokens(folder, index, index.heldout) if index.heldout.names else None
-    return Prepared(index, _tokens(folder, index, index.train), heldout)
+        raise ConfigError(f"data.path={place} has no tokens to train on: prepare it anew from more text")
+    splits = [split for split in (index.train, index.heldout) if split.names]
+    cache = _cache(cfg, place, index) if remote else None
+    train, *heldout = [_tokens(place, index, split, cache) for split in splits]
+    return Prepared(index, train, heldout[0] if heldout else None, room_for(index, cfg.shuffle) if remote else 0)
 
 
-def _tokens(folder: Path, index: Index, split: Split) -> FileTokens:
+def _tokens(folder: str, index: Index, split: Split, cache: Cache | None) -> Joined:
+    if cache is not None:
+        return CachedTokens(cache, split, index.dtype)
     return FileTokens([f"{folder}/{name}.tokens" for name in split.names], split.tokens, index.dtype)
+
+
+class CachedTokens(Joined):
+    """Shards in object storage, as far as they are read."""
+
+    def __init__(self, cache: Cache, split: Split, dtype: str) -> None:
+        super().__init__(split.names, split.tokens, dtype)
+        self._cache, self._checksums = cache, list(split.sha256)
+
+    def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
+        """Raises OSError if the tokens are damaged, or their store stays away."""
+        width = self.dtype.itemsize
+        shard = Shard(str(self.paths[file]), size * width, self._checksums[file])
+        return np.frombuffer(self._cache.read(shard, start * width, stop * width), dtype=self.dtype)
+
+
+def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:
+    """Raises ConfigError unless it may be written to."""
+    root = Path(cfg.cache).expanduser()
+    nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"data.cache={cfg.cache} cannot be written to, because of {nearest}: set it to a directory of yours"
+        )
+    return Cache(url, root, index.digest[:16], cfg.cache_bytes, cfg.patience)
+
+
+def room_for(index: Index, shuffle: int) -> int:
+    """Bytes that the cache needs: two groups of the order with the chunks that their blocks end in, or all, and some room."""
+    width, tokens = np.dtype(index.dtype).itemsize, sum(index.train.tokens)
+    group = max(shuffle, 1)
+    blocks = group // min(group, BLOCK_TOKENS) + 1
+    wanted = min(2 * (group * width + blocks * CHUNK), tokens * width) if shuffle else tokens * width
+    return wanted * 5 // 4 + 8 * CHUNK

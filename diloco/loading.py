@@ -1,0 +1,220 @@
+"""A rank's share of the samples of each inner step, read ahead of time.
+
+What comes next is a function of the leases alone: a loader has a guess of it, made from a copy of the lease reader, and
+looks at each step whether it was right. So it can be thrown away at any moment, and starts anywhere at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from diloco.errors import ConfigError
+from diloco.ledger import LeaseReader
+from diloco.mixing import Samples
+
+PLANNED = 256
+"""Steps that are planned at once."""
+THREADS = 8
+"""That fetch what is streamed."""
+RESTARTS = 3
+PREFETCH = 4
+"""Steps that each worker has ready or works at."""
+
+Batch = list[Any]
+"""Global indices."""
+
+
+class Loader:
+    """Of one rank. `waited`: seconds that training has spent in `next`."""
+
+    def __init__(self, samples: Samples, workers: int, batch: int, rank: int, ranks: int) -> None:
+        """batch: samples of the region's inner step, of which each of `ranks` takes its part."""
+        self.waited = 0.0
+        self._samples, self._workers, self._batch = samples, workers, batch
+        self._share = slice(rank * (batch // ranks), (rank + 1) * (batch // ranks))
+        self._plan: deque[Batch] = deque()
+        self._loader: StatefulDataLoader[Any] | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._ahead = Readahead(samples, samples.readahead) if samples.readahead else None
+
+    def next(self, reader: LeaseReader) -> Tensor:
+        """int64 [batch / ranks, seq_len + 1]: this rank's part of the next samples of the leases. Raises OSError if they cannot
+        be read, ValueError if the leases hold too few."""
+        begin = time.monotonic()
+        if not self._plan:
+            self._restart(self._upcoming(reader, PLANNED))
+        wanted = reader.take(self._batch)[self._share]
+        if self._plan[0] != wanted:
+            self._restart([wanted, *self._upcoming(reader, PLANNED)])
+        tokens = self._read()
+        self._plan.popleft()
+        if self._ahead is not None:
+            self._ahead.used(wanted)
+        self.waited += time.monotonic() - begin
+        return tokens
+
+    def granted(self, reader: LeaseReader) -> None:
+        """The leases are others: what they hold is fetched ahead."""
+        if self._ahead is not None:
+            self._ahead.follow(
+                [i for batch in self._upcoming(reader, self._ahead.depth // self._batch + 1) for i in batch]
+            )
+
+    def close(self) -> None:
+        """Ends its processes and threads."""
+        self._batches, self._loader = iter(()), None
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _upcoming(self, reader: LeaseReader, steps: int) -> list[Batch]:
+        """This rank's part of each of the next steps, as far as the leases go."""
+        ahead, found = copy.deepcopy(reader), list[Batch]()
+        while len(found) < steps and ahead.available() >= self._batch:
+            found.append(ahead.take(self._batch)[self._share])
+        return found
+
+    def _restart(self, plan: list[Batch]) -> None:
+        self._plan = deque(plan)
+        if self._loader is None:
+            self._loader = self._build()
+        on_child = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(self._loader)
+        if self._workers and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler raises in the middle of whatever the main thread does, a collective for one, when a worker dies.
+            signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+
+    def _build(self) -> StatefulDataLoader[Any]:
+        """Workers start from nothing: clients of object stores, and locks, do not survive a fork."""
+        processes: dict[str, Any] = {}
+        if self._workers:
+            processes = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": PREFETCH}
+        return StatefulDataLoader(
+            _Batches(self._samples),
+            batch_sampler=_Sampler(self),
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals,
+            generator=torch.Generator(),  # its own: nobody else's random numbers depend on it
+            snapshot_every_n_steps=None,  # leases say where it is
+            **processes,
+        )
+
+    def _read(self) -> Tensor:
+        for _ in range(RESTARTS):
+            try:
+                found = next(self._batches)
+            except RuntimeError as error:
+                if not self._workers:
+                    raise
+                failure = str(error).splitlines()[0]
+                print(f"data: {failure}: starting other workers", flush=True)
+                self._loader = None
+                self._restart(list(self._plan))
+            else:
+                if isinstance(found, OSError):
+                    raise found
+                return found
+        raise OSError(f"data.workers={self._workers} end again and again ({failure}): set it to 0 to see why")
+
+
+def check(samples: Samples, workers: int) -> None:
+    """Raises ConfigError unless so many processes can read these samples."""
+    if workers < 0:
+        raise ConfigError(f"data.workers={workers} is not a number of processes: set it to 0 or more")
+    if workers:
+        try:
+            ForkingPickler.dumps(samples)
+        except Exception as error:  # whatever an object of somebody else's raises
+            raise ConfigError(
+                f"data.workers={workers} cannot take data.source along ({error}): set it to 0, or make the source one that "
+                "multiprocessing can send"
+            ) from error
+
+
+class _Sampler:
+    """What the loader plans at the moment."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(list(self._loader._plan))
+
+
+class _Batches:
+    """Samples as PyTorch's loaders want them. What cannot be read is an item, too: raised in a worker, it would reach the rank as
+    a text about a traceback."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitems__(self, indices: Batch) -> Tensor | OSError:
+        try:
+            return self._samples.batch(indices)
+        except OSError as error:
+            return error
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach all processes; the rank decides, and its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Readahead:
+    """Threads that read samples before they are needed, so that the cache has what they are in: at most `depth` ahead."""
+
+    def __init__(self, samples: Samples, depth: int) -> None:
+        self.depth = depth
+        self._samples = samples
+        self._todo: deque[Any] = deque()
+        self._known: set[Any] = set()
+        """What is to be read, or was read and is not used yet."""
+        self._change = threading.Condition()
+        self._closed = False
+        for _ in range(THREADS):
+            threading.Thread(target=self._run, name="readahead", daemon=True).start()
+
+    def follow(self, indices: Batch) -> None:
+        """These come next, in this order."""
+        with self._change:
+            fresh = [i for i in indices if i not in self._known]
+            self._known = set(indices)
+            self._todo = deque([i for i in self._todo if i in self._known] + fresh)
+            self._change.notify_all()
+
+    def used(self, indices: Batch) -> None:
+        with self._change:
+            self._known.difference_update(indices)
+
+    def close(self) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                while not self._todo and not self._closed:
+                    self._change.wait()
+                if self._closed:
+                    return
+                index = self._todo.popleft()
+            with suppress(OSError):  # whoever needs the sample will see for himself
+                self._samples.batch([index])
