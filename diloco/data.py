@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -66,6 +66,15 @@ class Tokens(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, where: slice, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Fetched(Protocol):
+    """Tokens that come from elsewhere."""
+
+    def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
+        """For the tokens [start, start + length) of each start, int64 [n]: what to call so that they are on this machine."""
+        ...
 
 
 class TokenSource(Protocol):
@@ -120,10 +129,10 @@ class Joined:
     def __init__(self, paths: Sequence[Path | str], sizes: Sequence[int], dtype: str = "u1") -> None:
         """sizes: elements of each file, none of them 0."""
         self.paths, self.dtype = list(paths), np.dtype(dtype)
-        self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+        self.ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.ends[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
         """dtype [stop - start]; slices of step 1 only. Raises OSError."""
@@ -131,9 +140,9 @@ class Joined:
         if step != 1:
             raise ValueError("tokens are read in slices of step 1")
         parts = []
-        file = int(np.searchsorted(self._ends, start, side="right"))
+        file = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
-            begin, end = int(self._ends[file - 1]) if file else 0, int(self._ends[file])
+            begin, end = int(self.ends[file - 1]) if file else 0, int(self.ends[file])
             parts.append(self.part(file, end - begin, start - begin, min(stop, end) - begin))
             start, file = end, file + 1
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
@@ -250,14 +259,35 @@ class Dataset:
     def sample(self, index: int) -> np.ndarray:
         """int64 [seq_len + 1]: the training sample of a global index >= 0; epochs follow each other without
         end."""
-        epoch, i = divmod(index, self.train_windows)
-        t = self.order.window(i, splitmix(self.seed ^ splitmix(epoch)))
-        return self._window(t + t // (self._every - 1) if self._every else t, self.source.tokens)
+        return self._window(int(self._places([index])[0]), self.source.tokens)
+
+    def batch(self, indices: Iterable[int]) -> Tensor:
+        """int64 [n, seq_len + 1]: the training samples of n global indices."""
+        windows = self._places(indices).tolist()
+        return torch.from_numpy(np.stack([self._window(w, self.source.tokens) for w in windows]))
+
+    def _places(self, indices: Iterable[int]) -> np.ndarray:
+        """int64 [n]: their windows in the tokens."""
+        epochs, i = np.divmod(np.fromiter(indices, dtype=np.int64), self.train_windows)
+        found = np.empty_like(i)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            found[mine] = self.order.windows_of(i[mine], splitmix(self.seed ^ splitmix(epoch)))
+        return found + found // (self._every - 1) if self._every else found
+
+    def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
+        """What to call so that what these samples need is on this machine, in the order of their needing it. They raise OSError."""
+        tokens = self.source.tokens
+        return (
+            tokens.fetches(self._places(indices) * self.seq_len, self.seq_len + 1)
+            if isinstance(tokens, Fetched)
+            else []
+        )
 
     @property
     def readahead(self) -> int:
         """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
-        if not getattr(self.source, "remote", False):
+        if not isinstance(self.source.tokens, Fetched):
             return 0
         return min(self.order.group or self.train_windows, self.train_windows)
 
@@ -265,10 +295,6 @@ class Dataset:
     def shuffle(self) -> list[int]:
         """For the run's fingerprint: windows of a group of the order, 0 where it is one permutation."""
         return [self.order.group if self.order.group < self.train_windows else 0]
-
-    def batch(self, indices: Iterable[int]) -> Tensor:
-        """int64 [n, seq_len + 1]: the training samples of n global indices."""
-        return torch.from_numpy(np.stack([self.sample(index) for index in indices]))
 
     def heldout(self, i: int) -> np.ndarray:
         """int64 [seq_len + 1]: held-out window i. Raises IndexError unless 0 <= i < heldout_windows."""

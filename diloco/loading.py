@@ -11,8 +11,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -60,8 +61,6 @@ class Loader:
             self._restart([wanted, *self._upcoming(reader, PLANNED)])
         tokens = self._read()
         self._plan.popleft()
-        if self._ahead is not None:
-            self._ahead.used(wanted)
         self.waited += time.monotonic() - begin
         return tokens
 
@@ -178,14 +177,14 @@ def _leave_signals(worker: int) -> None:
 
 
 class Readahead:
-    """Threads that read samples before they are needed, so that the cache has what they are in: at most `depth` ahead."""
+    """Threads that fetch what samples need before they are read, at most `depth` of them ahead."""
 
     def __init__(self, samples: Samples, depth: int) -> None:
         self.depth = depth
         self._samples = samples
-        self._todo: deque[Any] = deque()
-        self._known: set[Any] = set()
-        """What is to be read, or was read and is not used yet."""
+        self._upcoming: Batch | None = None
+        """Samples that nobody has looked at yet."""
+        self._todo: deque[Callable[[], None]] = deque()
         self._change = threading.Condition()
         self._closed = False
         for _ in range(THREADS):
@@ -194,14 +193,8 @@ class Readahead:
     def follow(self, indices: Batch) -> None:
         """These come next, in this order."""
         with self._change:
-            fresh = [i for i in indices if i not in self._known]
-            self._known = set(indices)
-            self._todo = deque([i for i in self._todo if i in self._known] + fresh)
-            self._change.notify_all()
-
-    def used(self, indices: Batch) -> None:
-        with self._change:
-            self._known.difference_update(indices)
+            self._upcoming = indices
+            self._change.notify()
 
     def close(self) -> None:
         with self._change:
@@ -209,12 +202,23 @@ class Readahead:
             self._change.notify_all()
 
     def _run(self) -> None:
-        while True:
-            with self._change:
-                while not self._todo and not self._closed:
-                    self._change.wait()
-                if self._closed:
-                    return
-                index = self._todo.popleft()
+        while (task := self._next()) is not None:
             with suppress(OSError):  # whoever needs the sample will see for himself
-                self._samples.batch([index])
+                task()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._change:
+            while not self._closed and not self._todo and self._upcoming is None:
+                self._change.wait()
+            if self._closed:
+                return None
+            if self._upcoming is not None:
+                indices, self._upcoming = self._upcoming, None
+                return partial(self._look, indices)
+            return self._todo.popleft()
+
+    def _look(self, indices: Batch) -> None:
+        todo = deque(self._samples.fetches(indices))
+        with self._change:
+            self._todo = todo
+            self._change.notify_all()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +56,10 @@ class Samples(Protocol):
     @property
     def readahead(self) -> int:
         """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
+        ...
+
+    def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
+        """What to call so that what these samples need is on this machine, in the order of their needing it. They raise OSError."""
         ...
 
     def describe(self) -> str: ...
@@ -193,6 +198,14 @@ class Mixed:
     def readahead(self) -> int:
         """Of the source that allows least: its samples are a part of them only."""
         return min((part.readahead for part in self.parts if part.readahead), default=0)
+
+    def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
+        wanted: list[list[int]] = [[] for _ in self.parts]
+        for index in indices:
+            source, i = self.schedule.locate(index)
+            wanted[source].append(i)
+        found = [part.fetches(samples) for part, samples in zip(self.parts, wanted, strict=True)]
+        return [call for together in zip_longest(*found) for call in together if call is not None]
 
     def _heldout_length(self) -> int:
         """Up to the first that its source does not have."""

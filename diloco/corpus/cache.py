@@ -75,7 +75,7 @@ class Cache:
 
     def _chunk(self, shard: Shard, chunk: int, start: int, stop: int) -> bytes:
         while (data := self._at_hand(shard, chunk, start, stop)) is None:
-            self._bring(shard, chunk)
+            self.bring(shard, chunk)
         return data
 
     def _path(self, shard: Shard, chunk: int) -> Path:
@@ -107,12 +107,14 @@ class Cache:
             self._checked.clear()
         self._checked[shard.name, chunk] = identity
 
-    def _bring(self, shard: Shard, chunk: int) -> None:
-        """Into the cache, unless another process has done so by now."""
+    def bring(self, shard: Shard, chunk: int) -> None:
+        """Into the cache, unless it is there. Raises OSError if it cannot be had."""
         path = self._path(shard, chunk)
+        if path.exists():
+            return
         with self._locked(f"{hash_of(path) % LOCKS}"):
             if path.exists():
-                return
+                return  # another process has brought it by now
             begin = chunk * CHUNK
             data = self._fetch(
                 f"{shard.name}.tokens", begin, min(begin + CHUNK, shard.size), self._digest(shard, chunk)
@@ -120,6 +122,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             hidden = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
             hidden.write_bytes(data)
+            self._remember(shard, chunk, (hidden.stat().st_ino, len(data)))
             hidden.rename(path)
         self._unseen += len(data)
         if self._unseen > self.limit // 64:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,6 @@ class Prepared:
     heldout: Joined | None
     room: int = 0
     """Bytes of the cache that it needs; 0: it is on this machine."""
-
-    @property
-    def remote(self) -> bool:
-        return self.room > 0
 
     @property
     def vocab(self) -> int:
@@ -71,13 +68,22 @@ class CachedTokens(Joined):
 
     def __init__(self, cache: Cache, split: Split, dtype: str) -> None:
         super().__init__(split.names, split.tokens, dtype)
-        self._cache, self._checksums = cache, list(split.sha256)
+        self._cache, width = cache, self.dtype.itemsize
+        columns = zip(split.names, split.tokens, split.sha256, strict=True)
+        self._shards = [Shard(name, tokens * width, checksum) for name, tokens, checksum in columns]
 
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
         """Raises OSError if the tokens are damaged, or their store stays away."""
         width = self.dtype.itemsize
-        shard = Shard(str(self.paths[file]), size * width, self._checksums[file])
-        return np.frombuffer(self._cache.read(shard, start * width, stop * width), dtype=self.dtype)
+        return np.frombuffer(self._cache.read(self._shards[file], start * width, stop * width), dtype=self.dtype)
+
+    def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
+        """As diloco.data.Fetched wants it: the chunks of both ends, and of shorter windows that is all."""
+        places = np.stack([starts, np.minimum(starts + length, len(self)) - 1], axis=1).ravel()
+        files = np.searchsorted(self.ends, places, side="right")
+        chunks = (places - np.where(files, self.ends[files - 1], 0)) * self.dtype.itemsize // CHUNK
+        wanted = dict.fromkeys(zip(files.tolist(), chunks.tolist(), strict=True))
+        return [partial(self._cache.bring, self._shards[file], chunk) for file, chunk in wanted]
 
 
 def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:
