@@ -73,7 +73,7 @@ class Fetched(Protocol):
     """Tokens that come from elsewhere."""
 
     def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
-        """For the tokens [start, start + length) of each start, int64 [n]: what to call so that they are on this machine."""
+        """For the tokens [start, start + length) of each start, int64 [n]: what to call to have them on this machine."""
         ...
 
 
@@ -276,7 +276,7 @@ class Dataset:
         return found + found // (self._every - 1) if self._every else found
 
     def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
-        """What to call so that what these samples need is on this machine, in the order of their needing it. They raise OSError."""
+        """What to call to have what these samples need on this machine, in the order of their needing it. They raise OSError."""
         tokens = self.source.tokens
         return (
             tokens.fetches(self._places(indices) * self.seq_len, self.seq_len + 1)
