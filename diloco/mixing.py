@@ -81,6 +81,10 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
 
 def _check_room(cfg: DataConfig, parts: Sequence[Dataset]) -> None:
     """The cache of what is streamed holds what is read from and what is fetched ahead."""
+    if cfg.shuffle < 0:
+        raise ConfigError(
+            f"data.shuffle={cfg.shuffle} is no number of tokens: set it to 0 (all), or more, in all regions"
+        )
     least = sum(getattr(part.source, "room", 0) for part in parts)
     if cfg.cache_bytes < least:
         raise ConfigError(

@@ -97,6 +97,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such data": ([EU, "data.path=nowhere"], ["data.path=nowhere does not exist", FIX]),
     "empty data": ([EU, "data.path=empty"], ["data.path=empty holds no text", FIX]),
     "no data path": ([EU, "data=text"], ["data.path is not set", "add data.path=VALUE"]),
+    "workers": ([EU, "data.workers=-1"], ["data.workers=-1", FIX]),
+    "evaluation set": ([EU, "run.eval_sets=[{path: text.txt}]"], ["run.eval_sets[0]", "{name: books, path: DIR}"]),
     "H": ([EU, "outer.sync_every=5", "outer.fragments=2"], ["outer.sync_every=5", "outer.fragments=2", FIX]),
     "merge": ([EU, "outer.merge=add"], ["outer.merge=add is not known", "set it to rebase or mix"]),
     "alpha": ([EU, "outer.merge=mix", "outer.alpha=1"], ["outer.alpha=1.0", "set 0 <= alpha < 1"]),
