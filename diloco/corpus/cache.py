@@ -153,6 +153,7 @@ class Cache:
                 raise DamagedShard(f"{error}: copy it again from where it was prepared") from error
             except StoreError as error:
                 if time.monotonic() - begin > self.patience:
+                    _outage.given_up(self.url)
                     raise
                 _outage.began(self.url, error, self.patience)
             time.sleep(delay)
@@ -222,6 +223,9 @@ class _Outage:
     def began(self, url: str, error: StoreError, patience: float) -> None:
         if self._since.setdefault(url, now := time.monotonic()) == now:
             print(f"data: {error}: trying again for {patience:.0f} s", flush=True)
+
+    def given_up(self, url: str) -> None:
+        self._since.pop(url, None)
 
     def ended(self, url: str) -> None:
         if (since := self._since.pop(url, None)) is not None:
