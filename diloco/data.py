@@ -145,7 +145,7 @@ class Joined:
             begin, end = int(self.ends[file - 1]) if file else 0, int(self.ends[file])
             parts.append(self.part(file, end - begin, start - begin, min(stop, end) - begin))
             start, file = end, file + 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=self.dtype), *parts])
 
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a file, of `size`. Raises OSError."""
@@ -264,7 +264,10 @@ class Dataset:
     def batch(self, indices: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]: the training samples of n global indices."""
         windows = self._places(indices).tolist()
-        return torch.from_numpy(np.stack([self._window(w, self.source.tokens) for w in windows]))
+        out = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
+        for row, w in zip(out, windows, strict=True):
+            row[:] = self.source.tokens[w * self.seq_len : (w + 1) * self.seq_len + 1]
+        return torch.from_numpy(out)
 
     def _places(self, indices: Iterable[int]) -> np.ndarray:
         """int64 [n]: their windows in the tokens."""

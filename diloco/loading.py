@@ -49,6 +49,8 @@ class Loader:
         self._loader: StatefulDataLoader[Any] | None = None
         self._batches: Iterator[Any] = iter(())
         self._ahead = Readahead(samples, samples.readahead) if samples.readahead else None
+        if workers:
+            self._restart([])  # they take seconds to start, which no step is to wait for
 
     def next(self, reader: LeaseReader) -> Tensor:
         """int64 [batch / ranks, seq_len + 1]: this rank's part of the next samples of the leases. Raises OSError if they cannot

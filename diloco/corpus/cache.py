@@ -71,15 +71,15 @@ class Cache:
             end = min(stop, (chunk + 1) * CHUNK)
             parts.append(self._chunk(shard, chunk, inside, inside + end - start))
             start = end
-        return b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _chunk(self, shard: Shard, chunk: int, start: int, stop: int) -> bytes:
         while (data := self._at_hand(shard, chunk, start, stop)) is None:
             self.bring(shard, chunk)
         return data
 
-    def _path(self, shard: Shard, chunk: int) -> Path:
-        return self.root / self.folder / shard.name / f"{chunk:06d}"
+    def _path(self, shard: Shard, chunk: int) -> str:
+        return f"{self.root}/{self.folder}/{shard.name}/{chunk:06d}"
 
     def _at_hand(self, shard: Shard, chunk: int, start: int, stop: int) -> bytes | None:
         path = self._path(shard, chunk)
@@ -93,7 +93,7 @@ class Cache:
             if self._checked.get((shard.name, chunk)) != identity:
                 if hashlib.sha256(os.pread(file, CHUNK, 0)).digest() != self._digest(shard, chunk):
                     print(f"data: {path} is damaged on this disk: fetching it again", flush=True)
-                    path.unlink(missing_ok=True)
+                    Path(path).unlink(missing_ok=True)
                     return None
                 self._remember(shard, chunk, identity)
             if time.time() - status.st_mtime > TOUCH_SECONDS:
@@ -109,7 +109,7 @@ class Cache:
 
     def bring(self, shard: Shard, chunk: int) -> None:
         """Into the cache, unless it is there. Raises OSError if it cannot be had."""
-        path = self._path(shard, chunk)
+        path = Path(self._path(shard, chunk))
         if path.exists():
             return
         with self._locked(f"{hash_of(path) % LOCKS}"):
