@@ -67,7 +67,7 @@ def local(folder: Path, **changes: object) -> Samples:
 
 def kept(root: Path) -> int:
     """Bytes in the cache."""
-    return sum(path.stat().st_size for path in (root / "cache").glob("*/*-*/*"))
+    return sum(path.stat().st_size for path in (root / "cache").glob("diloco-shards/*/*-*/*"))
 
 
 def fetched(proxy: Proxy, url: str, ending: str = "tokens") -> int:
@@ -105,11 +105,14 @@ def test_the_cache_is_bounded_and_each_chunk_is_fetched_once_an_epoch(
     far, near = (open_(place, tmp_path, shuffle=1 << 18, cache_bytes=limit) for place in (url, str(folder)))
     assert limit < 2 * sum(SHARDS) and least > limit
     monkeypatch.setattr(caching, "TOUCH_SECONDS", 0.0)
+    mine = tmp_path / "cache" / "a" / "b" / "c"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("not of the cache")
     most = 0
     for index in range(near.train_windows):
         assert (far.batch([index]) == near.batch([index])).all()
         most = max(most, kept(tmp_path))
-    assert most <= limit + limit // 64 + CHUNK
+    assert most <= limit + limit // 64 + CHUNK and mine.exists()
     assert CHUNKS <= fetched(proxy, url) <= 2 * CHUNKS + 2, "a block of half a chunk lies in one or two"
 
 
@@ -161,7 +164,7 @@ def test_damage_is_fetched_again_or_named(
         pytest.raises(DamagedShard, match=r"sums.* none .*copy"),
     ):
         open_(url, tmp_path / "gone").batch([0])
-    [*_, chunk] = sorted((tmp_path / "0" / "cache").glob("*/*-*/*"))
+    [*_, chunk] = sorted((tmp_path / "0" / "cache").glob("diloco-shards/*/*-*/*"))
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
     assert (open_(url, tmp_path / "0").batch([0]) == near.batch([0])).all()
     assert f"{chunk} is damaged on this disk: fetching it again" in capfd.readouterr().out

@@ -46,7 +46,7 @@ class Shard:
 
 @dataclass
 class Cache:
-    """Of the folder at `url`, below the directory `root`, which may hold others, too. Threads may share one."""
+    """Of the folder at `url`, below the directory `root`, which holds caches and nothing else. Threads may share one."""
 
     url: str
     root: Path

@@ -16,6 +16,10 @@ from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined
 from diloco.errors import ConfigError
 
 
+SHARDS = "diloco-shards"
+"""In data.cache: all below it may be removed."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     index: Index
@@ -94,7 +98,7 @@ def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:
         raise ConfigError(
             f"data.cache={cfg.cache} cannot be written to, because of {nearest}: set it to a directory of yours"
         )
-    return Cache(url, root, index.digest[:16], cfg.cache_bytes, cfg.patience)
+    return Cache(url, root / SHARDS, index.digest[:16], cfg.cache_bytes, cfg.patience)
 
 
 def room_for(index: Index, shuffle: int) -> int:
