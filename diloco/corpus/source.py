@@ -15,7 +15,6 @@ from diloco.corpus.folder import CHUNK, Index, Split, is_url, read_index
 from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined
 from diloco.errors import ConfigError
 
-
 SHARDS = "diloco-shards"
 """In data.cache: all below it may be removed."""
 

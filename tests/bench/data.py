@@ -43,7 +43,7 @@ from tests.corpora import BIG, big_index, upload, write_folder
 from tests.s3_server import BUCKET, Server, weed
 
 CORES = len(os.sched_getaffinity(0))
-TEXT_BYTES = 24_000_000
+TEXT_BYTES = 16_000_000
 VOCAB = 8192
 RAW_READ = 16 << 20
 """Bytes of a request of the raw download, as ckpt reads."""
