@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from diloco.corpus import prepare as preparing
 from diloco.corpus.command import serve
 from diloco.corpus.documents import Damage, Document, Piece, documents
-from diloco.corpus.folder import COLUMNS, Split, read_index
+from diloco.corpus.folder import COLUMNS, Index, Split, read_index
 from diloco.corpus.source import prepared
 from diloco.corpus.tokenizing import Bytes, cut, load
 from diloco.corpus.worker import held_out
@@ -346,6 +346,13 @@ def test_a_bucket_is_prepared_like_a_directory(server: str, corpus: Path, tmp_pa
 
 
 # ---- as a data source ----
+
+
+def test_an_index_cannot_name_paths(tmp_path: Path) -> None:
+    split = Split(["../train-00000"], [5], [1], [5], ["0"], ["0"])
+    (tmp_path / "index.json").write_bytes(Index("<u1", 256, 0, {}, 0.0, 0, 0, split).encode())
+    with pytest.raises(ConfigError, match=r"names '\.\./train-00000', which is no shard's name"):
+        read_index(tmp_path, "data.path")
 
 
 def test_training_reads_the_shards(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:

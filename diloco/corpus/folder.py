@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ CHUNK = 1 << 20
 """Bytes of a shard that have a digest of their own."""
 ENDINGS = ("tokens", "sums", "ends")
 SPLITS = ("train", "heldout")
+_NAME = re.compile(r"[a-z]+-[0-9]+")
 READERS = 4
 """Files of a folder that are read at once to verify it."""
 
@@ -109,8 +111,10 @@ def read_index(place: str | Path, key: str) -> Index:
         raise ConfigError(f"{key}={place} cannot be read ({error}): set it to a prepared folder or its URL") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}={place}/{INDEX} cannot be read ({error}): prepare the folder anew") from error
+    names = [*index.train.names, *index.heldout.names]
+    if odd := [name for name in names if not _NAME.fullmatch(name)]:  # they become paths
+        raise ConfigError(f"{key}={place}/{INDEX} names {odd[0]!r}, which is no shard's name: prepare the folder anew")
     if not is_url(place):
-        names = [*index.train.names, *index.heldout.names]
         if missing := {f"{name}.{ending}" for ending in ENDINGS for name in names} - set(os.listdir(place)):
             raise ConfigError(f"{key}={place} lacks {min(missing)}, which its index names: copy it again")
     return index
