@@ -114,9 +114,9 @@ def read_index(place: str | Path, key: str) -> Index:
     names = [*index.train.names, *index.heldout.names]
     if odd := [name for name in names if not _NAME.fullmatch(name)]:  # they become paths
         raise ConfigError(f"{key}={place}/{INDEX} names {odd[0]!r}, which is no shard's name: prepare the folder anew")
-    if not is_url(place):
-        if missing := {f"{name}.{ending}" for ending in ENDINGS for name in names} - set(os.listdir(place)):
-            raise ConfigError(f"{key}={place} lacks {min(missing)}, which its index names: copy it again")
+    wanted = set() if is_url(place) else {f"{name}.{ending}" for ending in ENDINGS for name in names}
+    if missing := wanted - set(os.listdir(place) if wanted else ()):
+        raise ConfigError(f"{key}={place} lacks {min(missing)}, which its index names: copy it again")
     return index
 
 
