@@ -259,10 +259,12 @@ class Dataset:
     def sample(self, index: int) -> np.ndarray:
         """int64 [seq_len + 1]: the training sample of a global index >= 0; epochs follow each other without
         end."""
-        return self._window(int(self._places([index])[0]), self.source.tokens)
+        epoch, i = divmod(index, self.train_windows)
+        t = self.order.window(i, splitmix(self.seed ^ splitmix(epoch)))
+        return self._window(t + t // (self._every - 1) if self._every else t, self.source.tokens)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
-        """int64 [n, seq_len + 1]: the training samples of n global indices."""
+        """int64 [n, seq_len + 1]: `sample` of n global indices."""
         windows = self._places(indices).tolist()
         out = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
         for row, w in zip(out, windows, strict=True):
@@ -281,11 +283,9 @@ class Dataset:
     def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
         """What to call to have what these samples need on this machine, in the order of their needing it. They raise OSError."""
         tokens = self.source.tokens
-        return (
-            tokens.fetches(self._places(indices) * self.seq_len, self.seq_len + 1)
-            if isinstance(tokens, Fetched)
-            else []
-        )
+        if not isinstance(tokens, Fetched):
+            return []
+        return tokens.fetches(self._places(indices) * self.seq_len, self.seq_len + 1)
 
     @property
     def readahead(self) -> int:

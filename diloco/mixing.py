@@ -177,14 +177,14 @@ class Mixed:
         self._heldout = Mixture([shares[0][s] for s in self._held]) if self._held else None
         self.heldout_windows = self._heldout_length()
 
-    def sample(self, index: int) -> np.ndarray:
-        """int64 [seq_len + 1]: the training sample of a global index >= 0."""
-        source, i = self.schedule.locate(index)
-        return self.parts[source].sample(i)
-
     def batch(self, indices: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]: the training samples of n global indices."""
-        return torch.from_numpy(np.stack([self.sample(index) for index in indices]))
+        places = [self.schedule.locate(index) for index in indices]
+        out = torch.empty(len(places), self.parts[0].seq_len + 1, dtype=torch.int64)
+        for source, part in enumerate(self.parts):
+            if rows := [row for row, (s, _) in enumerate(places) if s == source]:
+                out[rows] = part.batch(places[row][1] for row in rows)
+        return out
 
     def heldout(self, i: int) -> np.ndarray:
         """int64 [seq_len + 1]: held-out windows of all sources that have some, by their first weights. Raises IndexError."""
@@ -204,11 +204,8 @@ class Mixed:
         return min((part.readahead for part in self.parts if part.readahead), default=0)
 
     def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
-        wanted: list[list[int]] = [[] for _ in self.parts]
-        for index in indices:
-            source, i = self.schedule.locate(index)
-            wanted[source].append(i)
-        found = [part.fetches(samples) for part, samples in zip(self.parts, wanted, strict=True)]
+        places = [self.schedule.locate(index) for index in indices]
+        found = [part.fetches(i for s, i in places if s == source) for source, part in enumerate(self.parts)]
         return [call for together in zip_longest(*found) for call in together if call is not None]
 
     def _heldout_length(self) -> int:

@@ -116,6 +116,7 @@ def test_step_line() -> None:
     assert bare.startswith("step 120 30 % | ") and "MFU" not in bare and "ETA" not in bare
     assert bare.endswith("310 MB | 2 steps skipped (gradient not finite)")
     assert "loss nan" in step_line(replace(STEP, loss=math.nan))
+    assert " | waiting for data 25 %" in step_line(replace(STEP, data_waiting=0.25))
 
 
 def test_round_and_eval_line() -> None:
