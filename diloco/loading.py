@@ -116,10 +116,10 @@ class Loader:
         for _ in range(RESTARTS):
             try:
                 found = next(self._batches)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # OSError: of a pipe whose other end is gone
                 if not self._workers:
                     raise
-                failure = str(error).splitlines()[0]
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"data: {failure}: starting other workers", flush=True)
                 self._loader = None
                 self._restart(list(self._plan))

@@ -147,4 +147,7 @@ def test_intellect1_and_every_other_option_compose() -> None:
         "stdlib": 0.02,
         "text": 0.02,
     }
+    for name, missing in {"text": "path", "prepared": "path", "mixture": "sources", "intellect1": "args.root"}.items():
+        with pytest.raises(ConfigError, match=rf"data\.{missing} is not set"):
+            compose_config(["region.name=eu", f"data={name}"])
     assert all(config.cache_bytes == DataConfig().cache_bytes for config in configs.values())
