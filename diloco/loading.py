@@ -27,8 +27,8 @@ from diloco.mixing import Samples
 
 PLANNED = 256
 """Steps that are planned at once."""
-THREADS = 8
-"""That fetch what is streamed."""
+THREADS = 4
+"""That fetch what is streamed, 8 MiB at once."""
 RESTARTS = 3
 PREFETCH = 4
 """Steps that each worker has ready or works at."""

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +21,8 @@ from pathlib import Path
 from ckpt.store import MissingError, Store, StoreError
 from diloco.corpus.folder import CHUNK
 
+RUN = 8
+"""Chunks that one request fetches at most: neighbours, which have one lock."""
 LOCKS = 1024
 DAMAGED_TRIES = 3
 """A chunk that arrives damaged may have been damaged on its way."""
@@ -75,7 +77,7 @@ class Cache:
 
     def _chunk(self, shard: Shard, chunk: int, start: int, stop: int) -> bytes:
         while (data := self._at_hand(shard, chunk, start, stop)) is None:
-            self.bring(shard, chunk)
+            self.bring(shard, chunk, chunk + 1)
         return data
 
     def _path(self, shard: Shard, chunk: int) -> str:
@@ -107,40 +109,50 @@ class Cache:
             self._checked.clear()
         self._checked[shard.name, chunk] = identity
 
-    def bring(self, shard: Shard, chunk: int) -> None:
-        """Into the cache, unless it is there. Raises OSError if it cannot be had."""
-        path = Path(self._path(shard, chunk))
-        if path.exists():
+    def bring(self, shard: Shard, first: int, last: int) -> None:
+        """Chunks [first, last) of one run into the cache, in one request, if one of them is not there. Raises OSError if they
+        cannot be had."""
+        if not self._missing(shard, first, last):
             return
-        with self._locked(f"{hash_of(path) % LOCKS}"):
-            if path.exists():
-                return  # another process has brought it by now
-            begin = chunk * CHUNK
-            data = self._fetch(
-                f"{shard.name}.tokens", begin, min(begin + CHUNK, shard.size), self._digest(shard, chunk)
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            hidden = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-            hidden.write_bytes(data)
-            self._remember(shard, chunk, (hidden.stat().st_ino, len(data)))
-            hidden.rename(path)
+        with self._locked(f"{hash_of(f'{self.folder}/{shard.name}/{first // RUN}') % LOCKS}"):
+            missing = self._missing(shard, first, last)  # by now another process may have brought them
+            if not missing:
+                return
+            first, last = missing[0], missing[-1] + 1
+            begin, end = first * CHUNK, min(last * CHUNK, shard.size)
+            digests = [self._digest(shard, chunk) for chunk in range(first, last)]
+            data = memoryview(self._fetch(f"{shard.name}.tokens", begin, end, digests))
+            for chunk in missing:
+                self._place(shard, chunk, data[(chunk - first) * CHUNK : (chunk - first + 1) * CHUNK])
         self._unseen += len(data)
         if self._unseen > self.limit // 64:
             self._make_room()
 
+    def _missing(self, shard: Shard, first: int, last: int) -> list[int]:
+        return [chunk for chunk in range(first, last) if not os.path.exists(self._path(shard, chunk))]
+
+    def _place(self, shard: Shard, chunk: int, data: memoryview) -> None:
+        path = Path(self._path(shard, chunk))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        hidden.write_bytes(data)
+        self._remember(shard, chunk, (hidden.stat().st_ino, len(data)))
+        hidden.rename(path)
+
     def _digest(self, shard: Shard, chunk: int) -> bytes:
         if shard.name not in self._sums:
             length = DIGEST * -(-shard.size // CHUNK)
-            self._sums[shard.name] = self._fetch(f"{shard.name}.sums", 0, length, bytes.fromhex(shard.checksum))
+            self._sums[shard.name] = self._fetch(f"{shard.name}.sums", 0, length, [bytes.fromhex(shard.checksum)])
         return self._sums[shard.name][DIGEST * chunk : DIGEST * (chunk + 1)]
 
-    def _fetch(self, key: str, start: int, stop: int, digest: bytes) -> bytes:
-        """Bytes of an object that have this sha256. Raises OSError: what is wrong with it, or that its store stayed away."""
+    def _fetch(self, key: str, start: int, stop: int, digests: Sequence[bytes]) -> bytes:
+        """Bytes of an object whose chunks have these sha256s; of one digest, all are one chunk. Raises OSError: what is wrong
+        with it, or that its store stayed away."""
         begin, delay, damaged = time.monotonic(), RETRY_SECONDS[0], 0
         while True:
             try:
                 data = _store(self.url).read(key, start, stop)
-                if len(data) == stop - start and hashlib.sha256(data).digest() == digest:
+                if len(data) == stop - start and _has(data, digests):
                     _outage.ended(self.url)
                     return data
                 damaged += 1
@@ -203,9 +215,15 @@ def _files(root: Path) -> Iterator[tuple[float, int, str]]:
                     yield status.st_mtime, status.st_size, file.path
 
 
-def hash_of(path: Path) -> int:
+def _has(data: bytes, digests: Sequence[bytes]) -> bool:
+    size = CHUNK if len(digests) > 1 else len(data)
+    parts = (memoryview(data)[k * size : (k + 1) * size] for k in range(len(digests)))
+    return all(hashlib.sha256(part).digest() == digest for part, digest in zip(parts, digests, strict=True))
+
+
+def hash_of(name: str) -> int:
     """The same in all processes."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 @lru_cache(maxsize=64)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from diloco.corpus.cache import Cache, Shard
+from diloco.corpus.cache import RUN, Cache, Shard
 from diloco.corpus.folder import CHUNK, Index, Split, is_url, read_index
 from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined
 from diloco.errors import ConfigError
 
+ALONE = 16
+"""Chunks that are fetched one by one, before any run of them."""
 SHARDS = "diloco-shards"
 """In data.cache: all below it may be removed."""
 
@@ -81,12 +83,19 @@ class CachedTokens(Joined):
         return np.frombuffer(self._cache.read(self._shards[file], start * width, stop * width), dtype=self.dtype)
 
     def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
-        """As diloco.data.Fetched wants it: the chunks of both ends, and of shorter windows that is all."""
+        """As diloco.data.Fetched wants it: the chunks of both ends, and of shorter windows that is all. The first are fetched alone, so
+        that training begins; then all that is needed of a run at once."""
         places = np.stack([starts, np.minimum(starts + length, len(self)) - 1], axis=1).ravel()
         files = np.searchsorted(self.ends, places, side="right")
         chunks = (places - np.where(files, self.ends[files - 1], 0)) * self.dtype.itemsize // CHUNK
-        wanted = dict.fromkeys(zip(files.tolist(), chunks.tolist(), strict=True))
-        return [partial(self._cache.bring, self._shards[file], chunk) for file, chunk in wanted]
+        _, firsts = np.unique(files << 32 | chunks, return_index=True)
+        needed = [(int(files[k]), int(chunks[k])) for k in np.sort(firsts)]
+        runs: dict[tuple[int, int], list[int]] = {}
+        for file, chunk in needed:
+            runs.setdefault((file, chunk // RUN), []).append(chunk)
+        ranges = [(file, chunk, chunk + 1) for file, chunk in needed[:ALONE]]
+        ranges += [(file, min(run), max(run) + 1) for (file, _), run in runs.items()]
+        return [partial(self._cache.bring, self._shards[file], first, last) for file, first, last in ranges]
 
 
 def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:
