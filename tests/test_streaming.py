@@ -116,6 +116,25 @@ def test_the_cache_is_bounded_and_each_chunk_is_fetched_once_an_epoch(
     assert CHUNKS <= fetched(proxy, url) <= 2 * CHUNKS + 2, "a block of half a chunk lies in one or two"
 
 
+def test_runs_of_chunks_are_fetched_ahead(
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diloco.corpus.source.ALONE", 2)
+    near, far = local(folder), open_(url, tmp_path)
+    assert near.readahead == 0 and far.readahead == far.train_windows == near.train_windows
+    everything = range(near.train_windows)
+    assert near.fetches(everything) == []
+    calls = far.fetches(everything)
+    calls[0]()
+    far.batch([0])
+    assert fetched(proxy, url) <= 2, "what comes first"
+    for call in calls:
+        call()
+    assert fetched(proxy, url) <= 3 + len(SHARDS) < CHUNKS
+    seen = len(proxy.requests)
+    assert (far.batch(everything) == near.batch(everything)).all() and len(proxy.requests) == seen
+
+
 READ = """
 import hashlib, sys
 from pathlib import Path

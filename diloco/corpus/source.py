@@ -83,8 +83,8 @@ class CachedTokens(Joined):
         return np.frombuffer(self._cache.read(self._shards[file], start * width, stop * width), dtype=self.dtype)
 
     def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
-        """As diloco.data.Fetched wants it: the chunks of both ends, and of shorter windows that is all. The first are fetched alone, so
-        that training begins; then all that is needed of a run at once."""
+        """As diloco.data.Fetched wants it: the chunks of both ends, and of shorter windows that is all. The first are fetched
+        alone, so that training begins; then all that is needed of a run at once."""
         places = np.stack([starts, np.minimum(starts + length, len(self)) - 1], axis=1).ravel()
         files = np.searchsorted(self.ends, places, side="right")
         chunks = (places - np.where(files, self.ends[files - 1], 0)) * self.dtype.itemsize // CHUNK

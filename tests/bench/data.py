@@ -47,8 +47,8 @@ TEXT_BYTES = 16_000_000
 VOCAB = 8192
 RAW_READ = 16 << 20
 """Bytes of a request of the raw download, as ckpt reads."""
-SHAPE = {"seq_len": 8192, "vocab": 128_256}
-"""INTELLECT-1's samples (arXiv 2412.01152): 32 KiB each."""
+SHAPE = {"seq_len": 8192, "vocab": 128_256, "batch": 128}
+"""INTELLECT-1's (arXiv 2412.01152): samples of 32 KiB, a million tokens of a node in a step."""
 SHARDS, SHARD_TOKENS = 4, 8 << 20
 
 
@@ -163,7 +163,8 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
     yield at_most("first 8 samples, empty cache ÷ a raw shard", SHARDS * median(cold) / median(alone), "x", 1)
 
 
-def read_all(samples: Samples, batch: int = 32) -> None:
+def read_all(samples: Samples) -> None:
+    batch = SHAPE["batch"]
     loader, leases = Loader(samples, 0, batch, 0, 1), lease(samples.train_windows // batch * batch)
     loader.granted(leases)
     for _ in range(samples.train_windows // batch):
