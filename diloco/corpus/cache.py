@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-from ckpt.store import MissingError, Store, StoreError
-from diloco.corpus.folder import CHUNK
+from ckpt.store import MissingError, StoreError
+from diloco.corpus.folder import CHUNK, store_of
 
 RUN = 8
 """Chunks that one request fetches at most: neighbours, which have one lock."""
@@ -151,7 +150,7 @@ class Cache:
         begin, delay, damaged = time.monotonic(), RETRY_SECONDS[0], 0
         while True:
             try:
-                data = _store(self.url).read(key, start, stop)
+                data = store_of(self.url).read(key, start, stop)
                 if len(data) == stop - start and _has(data, digests):
                     _outage.ended(self.url)
                     return data
@@ -224,12 +223,6 @@ def _has(data: bytes, digests: Sequence[bytes]) -> bool:
 def hash_of(name: str) -> int:
     """The same in all processes."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-@lru_cache(maxsize=64)
-def _store(url: str) -> Store:
-    """One client for each folder and process; it is no part of a Cache, which goes to other processes."""
-    return Store(url)
 
 
 class _Outage:
