@@ -47,20 +47,21 @@ class Loader:
         self._share = slice(rank * (batch // ranks), (rank + 1) * (batch // ranks))
         self._plan: deque[Batch] = deque()
         self._loader: StatefulDataLoader[Any] | None = None
-        self._batches: Iterator[Any] = iter(())
+        self._batches: Iterator[Any] | None = None
+        """Those of the plan; None: not begun."""
         self._ahead = Readahead(samples, samples.readahead) if samples.readahead else None
         if workers:
-            self._restart([])  # they take seconds to start, which no step is to wait for
+            self._begin()  # they take seconds to start, which no step is to wait for
 
     def next(self, reader: LeaseReader) -> Tensor:
         """int64 [batch / ranks, seq_len + 1]: this rank's part of the next samples of the leases. Raises OSError if they cannot
         be read, ValueError if the leases hold too few."""
         begin = time.monotonic()
         if not self._plan:
-            self._restart(self._upcoming(reader, PLANNED))
+            self._plan, self._batches = deque(self._upcoming(reader, PLANNED)), None
         wanted = reader.take(self._batch)[self._share]
         if self._plan[0] != wanted:
-            self._restart([wanted, *self._upcoming(reader, PLANNED)])
+            self._plan, self._batches = deque([wanted, *self._upcoming(reader, PLANNED)]), None
         tokens = self._read()
         self._plan.popleft()
         self.waited += time.monotonic() - begin
@@ -75,7 +76,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends its processes and threads."""
-        self._batches, self._loader = iter(()), None
+        self._batches = self._loader = None
         if self._ahead is not None:
             self._ahead.close()
 
@@ -86,15 +87,15 @@ class Loader:
             found.append(ahead.take(self._batch)[self._share])
         return found
 
-    def _restart(self, plan: list[Batch]) -> None:
-        self._plan = deque(plan)
+    def _begin(self) -> Iterator[Any]:
         if self._loader is None:
             self._loader = self._build()
         on_child = signal.getsignal(signal.SIGCHLD)
-        self._batches = iter(self._loader)
+        batches: Iterator[Any] = iter(self._loader)
         if self._workers and threading.current_thread() is threading.main_thread():
             # PyTorch's handler raises in the middle of whatever the main thread does, a collective for one, when a worker dies.
             signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+        return batches
 
     def _build(self) -> StatefulDataLoader[Any]:
         """Workers start from nothing: clients of object stores, and locks, do not survive a fork."""
@@ -115,14 +116,15 @@ class Loader:
     def _read(self) -> Tensor:
         for _ in range(RESTARTS):
             try:
+                if self._batches is None:
+                    self._batches = self._begin()
                 found = next(self._batches)
             except (RuntimeError, OSError, EOFError) as error:  # OSError: of a pipe whose other end is gone
                 if not self._workers:
                     raise
                 failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"data: {failure}: starting other workers", flush=True)
-                self._loader = None
-                self._restart(list(self._plan))
+                self._batches = self._loader = None
             else:
                 if isinstance(found, OSError):
                     raise found
