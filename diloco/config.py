@@ -20,16 +20,17 @@ from hydra.errors import OverrideParseException
 from torch import nn
 
 from ckpt.store import Store, StoreError
-from diloco import checkpointing, inner, parallel, tracker
+from diloco import checkpointing, inner, loading, parallel, tracker
 from diloco.checkpointing import CkptConfig
 from diloco.codec import CODECS, CodecConfig
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
+from diloco.evaluate import build_eval_sets
 from diloco.inner import InnerConfig
 from diloco.mixing import build_samples
 from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
-from diloco.regional import RegionConfig, build_own
+from diloco.regional import Regional, RegionConfig, build_own
 from diloco.tracker import TrackerConfig
 from elastic.addresses import host_port, is_local
 from elastic.lighthouse import ElasticConfig
@@ -59,6 +60,8 @@ class RunConfig:
     """Rounds between two evaluations; 0: only at the end."""
     eval_sequences: int = 32
     """Held-out sequences of an evaluation."""
+    eval_sets: list[Any] = field(default_factory=list)
+    """More to evaluate on: {name: books, path: DIR}, keys in place of those of `data`. Its held-out part, or all of it."""
 
 
 @dataclass
@@ -192,8 +195,10 @@ def validate(cfg: Config, world: int) -> None:
     if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
         raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
-    build_own(cfg.region, cfg.data, samples.source.vocab, cfg.inner.seq_len, cfg.run.seed)
-    _validate_model(cfg, samples.source.vocab)
+    sets = build_eval_sets(cfg.data, cfg.run.eval_sets, samples, cfg.inner.seq_len)
+    own = build_own(cfg.region, cfg.data, samples.source.vocab, cfg.inner.seq_len, cfg.run.seed)
+    loading.check(Regional(samples, own), cfg.data.workers)
+    _validate_model(cfg, max(each.source.vocab for each in (samples, *sets.values())))
 
 
 def validate_method(cfg: Config) -> None:

@@ -1,9 +1,8 @@
 """Training data: a random-access token stream, and the seeded order in which its samples are read.
 
 A sample is a *window* of seq_len + 1 tokens; windows step by seq_len, so that every token but the first is
-predicted once an epoch. The order is computed, never stored: global sample index i is window `permute(...)`
-of epoch i // train_windows, on every machine alike. Who may read which indices is the ledger's business
-(diloco/ledger.py).
+predicted once an epoch. The order is computed, never stored (diloco/shuffle.py): global sample index i is a window of
+epoch i // train_windows, on every machine alike. Who may read which indices is the ledger's business (diloco/ledger.py).
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
+from diloco.shuffle import Order, splitmix
 
-_MASK = (1 << 64) - 1
-_FEISTEL_ROUNDS = 6
+BLOCK_TOKENS = 1 << 23
+"""Of neighbours that stay together in the order: many chunks of a shard, so that few are fetched for a part of them."""
 # Of the standard library: what others installed there, and tests, which are half of it, full of tables and
 # not in every build of Python.
 _SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -44,6 +44,16 @@ class DataConfig:
     """Share of the windows that is kept for evaluation, 0 to 0.5."""
     args: dict[str, Any] = field(default_factory=dict)
     """For sources of your own."""
+    shuffle: int = 1 << 28
+    """Tokens among which samples are shuffled, parts from all over the corpus; 0: all. A cache has to hold twice as many."""
+    cache: str = "~/.cache/diloco"
+    """Directory for what is streamed from a URL; ranks, regions and runs of a machine share it."""
+    cache_bytes: int = 16_000_000_000
+    """What the cache may take on disk."""
+    patience: float = 600.0
+    """Seconds to try again for while the URL does not answer; then the region ends."""
+    workers: int = 0
+    """Processes of each rank that read samples ahead; 0: the rank reads them itself."""
     sources: list[Any] = field(default_factory=list)
     """A mixture: of each source its weight, its name for reports, and what it has in place of the keys above:
     {name: books, weight: 0.5, path: DIR}."""
@@ -56,6 +66,15 @@ class Tokens(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, where: slice, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Fetched(Protocol):
+    """Tokens that come from elsewhere."""
+
+    def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
+        """For the tokens [start, start + length) of each start, int64 [n]: what to call to have them on this machine."""
+        ...
 
 
 class TokenSource(Protocol):
@@ -96,40 +115,52 @@ def build_source(cfg: DataConfig) -> TokenSource:
     return source
 
 
-# ---- bytes of text files ----
+# ---- files ----
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # each has a file open, and processes may open 1,024
 def _mapped(path: Path | str, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-class FileTokens:
-    """Many files as one array; files are memory-mapped when they are first read."""
+class Joined:
+    """Many files as one array of tokens."""
 
     def __init__(self, paths: Sequence[Path | str], sizes: Sequence[int], dtype: str = "u1") -> None:
         """sizes: elements of each file, none of them 0."""
-        self._paths, self._dtype = list(paths), dtype
-        self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+        self.paths, self.dtype = list(paths), np.dtype(dtype)
+        self.ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.ends[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """dtype [stop - start]; slices of step 1 only. Raises OSError if a file is not as long as it was."""
+        """dtype [stop - start]; slices of step 1 only. Raises OSError."""
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read in slices of step 1")
         parts = []
-        file = int(np.searchsorted(self._ends, start, side="right"))
+        file = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
-            begin, end = int(self._ends[file - 1]) if file else 0, int(self._ends[file])
-            data = _mapped(self._paths[file], self._dtype)
-            if len(data) != end - begin:
-                raise OSError(f"{self._paths[file]} has {len(data):,} tokens, and had {end - begin:,}: copy it again")
-            parts.append(data[start - begin : min(stop, end) - begin])
+            begin, end = int(self.ends[file - 1]) if file else 0, int(self.ends[file])
+            parts.append(self.part(file, end - begin, start - begin, min(stop, end) - begin))
             start, file = end, file + 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self._dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=self.dtype), *parts])
+
+    def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a file, of `size`. Raises OSError."""
+        raise NotImplementedError
+
+
+class FileTokens(Joined):
+    """Local files, memory-mapped when they are read."""
+
+    def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
+        """Raises OSError if the file is not as long as it was."""
+        data = _mapped(self.paths[file], self.dtype.str)
+        if len(data) != size:
+            raise OSError(f"{self.paths[file]} has {len(data):,} tokens, and had {size:,}: copy it again")
+        return data[start:stop]
 
 
 @dataclass(frozen=True)
@@ -188,38 +219,7 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-# ---- order ----
-
-
-def permute(i: int, n: int, seed: int) -> int:
-    """Where i goes in a seeded permutation of range(n): a balanced Feistel network over the smallest even
-    number of bits that holds n, walked until it lands below n again (cycle walking, Black and Rogaway 2002),
-    four tries at the most on average. Integers only, so the same on every machine. Raises ValueError unless 0
-    <= i < n."""
-    if not 0 <= i < n:
-        raise ValueError(f"{i} is not in range({n})")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = [splitmix(seed + k) for k in range(_FEISTEL_ROUNDS)]
-    i = _feistel(i, half, keys)
-    while i >= n:
-        i = _feistel(i, half, keys)
-    return i
-
-
-def _feistel(i: int, half: int, keys: Sequence[int]) -> int:
-    mask = (1 << half) - 1
-    left, right = i >> half, i & mask
-    for key in keys:
-        left, right = right, left ^ (splitmix(right ^ key) & mask)
-    return left << half | right
-
-
-def splitmix(x: int) -> int:
-    """splitmix64 (Steele, Lea and Flood 2014): 64 bits in, 64 well-mixed bits out."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
-    return x ^ x >> 31
+# ---- samples ----
 
 
 class Dataset:
@@ -231,7 +231,7 @@ class Dataset:
 
     mixture = None
 
-    def __init__(self, source: TokenSource, seq_len: int, holdout: float, seed: int) -> None:
+    def __init__(self, source: TokenSource, seq_len: int, holdout: float, seed: int, shuffle: int = 0) -> None:
         """Raises ConfigError if the data is too short for one training and, if holdout > 0, one held-out
         window."""
         if not 0 <= holdout <= 0.5:
@@ -246,6 +246,8 @@ class Dataset:
             if holdout:
                 raise ConfigError(f"data.holdout={holdout}, but the data has documents held out already: set it to 0")
             self.heldout_windows = max(0, (len(self._heldout) - 1) // seq_len)
+        block = max(1, min(shuffle, BLOCK_TOKENS) // seq_len)
+        self.order = Order(self.train_windows, block, max(1, shuffle // seq_len // block) * block if shuffle else 0)
         needed = max(1, self._every)
         if windows < needed:
             raise ConfigError(
@@ -258,12 +260,44 @@ class Dataset:
         """int64 [seq_len + 1]: the training sample of a global index >= 0; epochs follow each other without
         end."""
         epoch, i = divmod(index, self.train_windows)
-        t = permute(i, self.train_windows, splitmix(self.seed ^ splitmix(epoch)))
+        t = self.order.window(i, splitmix(self.seed ^ splitmix(epoch)))
         return self._window(t + t // (self._every - 1) if self._every else t, self.source.tokens)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
-        """int64 [n, seq_len + 1]: the training samples of n global indices."""
-        return torch.from_numpy(np.stack([self.sample(index) for index in indices]))
+        """int64 [n, seq_len + 1]: `sample` of n global indices."""
+        windows = self._places(indices).tolist()
+        out = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
+        for row, w in zip(out, windows, strict=True):
+            row[:] = self.source.tokens[w * self.seq_len : (w + 1) * self.seq_len + 1]
+        return torch.from_numpy(out)
+
+    def _places(self, indices: Iterable[int]) -> np.ndarray:
+        """int64 [n]: their windows in the tokens."""
+        epochs, i = np.divmod(np.fromiter(indices, dtype=np.int64), self.train_windows)
+        found = np.empty_like(i)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            found[mine] = self.order.windows_of(i[mine], splitmix(self.seed ^ splitmix(epoch)))
+        return found + found // (self._every - 1) if self._every else found
+
+    def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
+        """What to call to have what these samples need on this machine, in the order of their needing it. They raise OSError."""
+        tokens = self.source.tokens
+        if not isinstance(tokens, Fetched):
+            return []
+        return tokens.fetches(self._places(indices) * self.seq_len, self.seq_len + 1)
+
+    @property
+    def readahead(self) -> int:
+        """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
+        if not isinstance(self.source.tokens, Fetched):
+            return 0
+        return min(self.order.group or self.train_windows, self.train_windows)
+
+    @property
+    def shuffle(self) -> list[int]:
+        """For the run's fingerprint: windows of a group of the order, 0 where it is one permutation."""
+        return [self.order.group if self.order.group < self.train_windows else 0]
 
     def heldout(self, i: int) -> np.ndarray:
         """int64 [seq_len + 1]: held-out window i. Raises IndexError unless 0 <= i < heldout_windows."""

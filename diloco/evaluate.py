@@ -1,14 +1,49 @@
-"""Held-out loss."""
+"""What the global parameters are evaluated on, and their loss there."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from diloco.data import DataConfig, Dataset, TokenSource
+from diloco.errors import ConfigError
 from diloco.inner import Loss
-from diloco.mixing import Samples
+from diloco.metrics import HELD_OUT
+from diloco.mixing import Samples, naming, source_of
 from diloco.parallel import Region
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def build_eval_sets(cfg: DataConfig, sets: Sequence[Any], samples: Samples, seq_len: int) -> dict[str, Samples]:
+    """What to evaluate on, by name: what `samples` keep back, if anything, and `run.eval_sets`. Raises ConfigError."""
+    found: dict[str, Samples] = {HELD_OUT: samples} if samples.heldout_windows else {}
+    for k, own in enumerate(sets):
+        key = f"run.eval_sets[{k}]"
+        name = own.get("name") if isinstance(own, Mapping) else None
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == HELD_OUT or name in found:
+            raise ConfigError(
+                f"{key}={own} has no name of its own: write it as {{name: books, path: DIR}}, not as {HELD_OUT}"
+            )
+        one, source = source_of(cfg, key, {"holdout": 0.0, **{k: v for k, v in own.items() if k != "name"}})
+        if not one.holdout and getattr(source, "heldout", None) is None:
+            source = Whole(source)
+        with naming(key):
+            found[name] = Dataset(source, seq_len, one.holdout, 0)
+    return found
+
+
+class Whole:
+    """A source that nobody trains on: all of it is held out."""
+
+    def __init__(self, source: TokenSource) -> None:
+        self.vocab, self.bytes_per_token, self.digest = source.vocab, source.bytes_per_token, ""
+        self.tokens = self.heldout = source.tokens
 
 
 @torch.no_grad()

@@ -33,6 +33,10 @@ _PEAK_FLOPS = (
 )
 
 
+HELD_OUT = "held-out"
+"""The evaluation set that the training data keeps back."""
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Once per start of a region."""
@@ -79,6 +83,8 @@ class StepRecord:
     eta_seconds: float | None = None
     skipped: int = 0
     """Inner steps skipped so far because the gradient was not finite."""
+    data_waiting: float = 0.0
+    """Share of these steps' time that rank 0 waited for samples, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +126,20 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """Held-out loss of the global parameters."""
+    """Loss of the global parameters on one evaluation set."""
 
     kind: ClassVar[str] = "eval"
     round: int
     loss: float
     """Nats per token."""
     bits_per_byte: float
+    perplexity: float
+    """Per token."""
     tokens: int
-    """Held-out tokens that it is the mean of."""
+    """That it is the mean of."""
     seconds: float
+    set: str = HELD_OUT
+    """Or a name of run.eval_sets."""
 
 
 Record = RunRecord | StepRecord | RoundRecord | EvalRecord
@@ -153,7 +163,7 @@ class Metrics:
         line = {"kind": kind, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in fields.items()}}
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        self._tracker.log(kind, fields)
+        self._tracker.log("/".join(filter(None, (kind, fields.get("set")))), fields)
 
     def record(self, record: Record) -> None:
         self.write(record.kind, **asdict(record))
@@ -193,6 +203,11 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / math.log(2) / bytes_per_token
 
 
+def perplexity(nats_per_token: float) -> float:
+    """exp of the loss; infinite where no float holds it."""
+    return math.exp(nats_per_token) if nats_per_token < 709 else math.inf
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its CUDA name; None where it is not known, as for any CPU."""
     return next((flops for name, flops in _PEAK_FLOPS if name in device_name), None)
@@ -221,6 +236,7 @@ def step_line(r: StepRecord) -> str:
         f"MFU {100 * r.mfu:.1f} %" if r.mfu is not None else "",
         f"{size(r.memory_bytes)}",
         f"ETA {duration(r.eta_seconds)}" if r.eta_seconds is not None else "",
+        f"waiting for data {100 * r.data_waiting:.0f} %" if r.data_waiting >= 0.01 else "",
         f"{r.skipped} steps skipped (gradient not finite)" if r.skipped else "",
     ]
     return " | ".join(part for part in parts if part)
@@ -249,10 +265,10 @@ def round_line(r: RoundRecord) -> str:
 
 
 def eval_line(r: EvalRecord) -> str:
-    """`held-out after round 3 | loss 1.7012 | 2.454 bits/byte | 65.5k tokens | 1.20 s`"""
+    """`held-out after round 3 | loss 1.7012 | 2.454 bits/byte | perplexity 5.48 | 65.5k tokens | 1.20 s`"""
     return (
-        f"held-out after round {r.round} | loss {r.loss:.4f} | {r.bits_per_byte:.3f} bits/byte | "
-        f"{count(r.tokens)} tokens | {r.seconds:.2f} s"
+        f"{r.set} after round {r.round} | loss {r.loss:.4f} | {r.bits_per_byte:.3f} bits/byte | "
+        f"perplexity {r.perplexity:.4g} | {count(r.tokens)} tokens | {r.seconds:.2f} s"
     )
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diloco.data import DataConfig, Dataset, build_source, splitmix
+from diloco.data import DataConfig, Dataset, TokenSource, build_source
 from diloco.errors import ConfigError
 from diloco.mixture import Mixture, Schedule
+from diloco.shuffle import splitmix
 
 
 class Facts(Protocol):
@@ -38,12 +41,25 @@ class Samples(Protocol):
     def train_windows(self) -> int: ...
     @property
     def heldout_windows(self) -> int: ...
-    def sample(self, index: int, /) -> np.ndarray: ...
     def batch(self, indices: Iterable[int]) -> Tensor: ...
     def heldout(self, i: int) -> np.ndarray: ...
     @property
     def mixture(self) -> dict[str, Any] | None:
         """For the run's fingerprint, if there are several sources: their names, and Schedule.describe()."""
+        ...
+
+    @property
+    def shuffle(self) -> list[int]:
+        """For the fingerprint: of each source, windows of a group of its order; 0: it is one permutation."""
+        ...
+
+    @property
+    def readahead(self) -> int:
+        """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
+        ...
+
+    def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
+        """What to call to have what these samples need on this machine, in the order of their needing it. They raise OSError."""
         ...
 
     def describe(self) -> str: ...
@@ -54,27 +70,58 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
     if not cfg.sources:
         if cfg.phases:
             raise ConfigError(f"data.phases={cfg.phases} has no data.sources to weigh: set these, or no phases")
-        return Dataset(build_source(cfg), seq_len, cfg.holdout, seed)
+        one = Dataset(build_source(cfg), seq_len, cfg.holdout, seed, cfg.shuffle)
+        _check_room(cfg, [one])
+        return one
     parts = [
         build_part(cfg, f"data.sources[{k}]", part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)
     ]
+    _check_room(cfg, parts)
     names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
     return Mixed(parts, names, _schedule(cfg, seq_len))
 
 
+def _check_room(cfg: DataConfig, parts: Sequence[Dataset]) -> None:
+    """The cache of what is streamed holds what is read from and what is fetched ahead."""
+    if cfg.shuffle < 0:
+        raise ConfigError(
+            f"data.shuffle={cfg.shuffle} is no number of tokens: set it to 0 (all), or more, in all regions"
+        )
+    least = sum(getattr(part.source, "room", 0) for part in parts)
+    if cfg.cache_bytes < least:
+        raise ConfigError(
+            f"data.cache_bytes={cfg.cache_bytes} does not hold twice the tokens of data.shuffle={cfg.shuffle}: set it to {least} "
+            "or more, or data.shuffle to less in all regions"
+        )
+
+
 def build_part(cfg: DataConfig, where: str, part: Any, seq_len: int, seed: int) -> Dataset:
     """One source of several. where: its key. Raises ConfigError."""
-    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
     if not isinstance(part, Mapping) or "weight" not in part:
         raise ConfigError(f"{where}={part} has no weight: write it as {{path: DIR, weight: 0.5}}")
     own = {key: value for key, value in part.items() if key not in ("weight", "name")}
-    if unknown := sorted(own.keys() - known):
-        raise ConfigError(f"{where}.{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}")
+    one, source = source_of(cfg, where, own)
+    with naming(where):
+        return Dataset(source, seq_len, one.holdout, seed, one.shuffle)
+
+
+def source_of(cfg: DataConfig, key: str, own: Mapping[Any, Any]) -> tuple[DataConfig, TokenSource]:
+    """`cfg` with some keys of its own, and what they name. Raises ConfigError naming `key`."""
+    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
+    if unknown := sorted(map(str, own.keys() - known)):
+        raise ConfigError(f"{key}.{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}")
+    one = replace(cfg, sources=[], phases=[], **own)
+    with naming(key):
+        return one, build_source(one)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """A ConfigError inside is one about `key`."""
     try:
-        one = replace(cfg, sources=[], phases=[], **own)
-        return Dataset(build_source(one), seq_len, one.holdout, seed)
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _schedule(cfg: DataConfig, seq_len: int) -> Schedule:
@@ -109,6 +156,29 @@ def _weights(key: str, weights: Sequence[Any]) -> list[Fraction]:
         ) from None
 
 
+Places = Sequence[tuple[int, int]]
+"""Of samples: the number of the part, and the index in it."""
+
+
+def gather(parts: Sequence[Samples | Dataset], places: Places, seq_len: int) -> Tensor:
+    """int64 [n, seq_len + 1]: these samples."""
+    out = torch.empty(len(places), seq_len + 1, dtype=torch.int64)
+    for number, part in enumerate(parts):
+        if rows := [row for row, (of, _) in enumerate(places) if of == number]:
+            out[rows] = part.batch(places[row][1] for row in rows)
+    return out
+
+
+def fetches_in_turn(parts: Sequence[Samples | Dataset], places: Places) -> list[Callable[[], None]]:
+    found = [part.fetches(i for of, i in places if of == number) for number, part in enumerate(parts)]
+    return [call for together in zip_longest(*found) for call in together if call is not None]
+
+
+def least_readahead(parts: Sequence[Samples | Dataset]) -> int:
+    """Of the part that allows least: its samples are a part of them only."""
+    return min((part.readahead for part in parts if part.readahead), default=0)
+
+
 @dataclass(frozen=True)
 class MixedFacts:
     vocab: int
@@ -133,14 +203,9 @@ class Mixed:
         self._heldout = Mixture([shares[0][s] for s in self._held]) if self._held else None
         self.heldout_windows = self._heldout_length()
 
-    def sample(self, index: int) -> np.ndarray:
-        """int64 [seq_len + 1]: the training sample of a global index >= 0."""
-        source, i = self.schedule.locate(index)
-        return self.parts[source].sample(i)
-
     def batch(self, indices: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]: the training samples of n global indices."""
-        return torch.from_numpy(np.stack([self.sample(index) for index in indices]))
+        return gather(self.parts, [self.schedule.locate(index) for index in indices], self.parts[0].seq_len)
 
     def heldout(self, i: int) -> np.ndarray:
         """int64 [seq_len + 1]: held-out windows of all sources that have some, by their first weights. Raises IndexError."""
@@ -149,6 +214,17 @@ class Mixed:
         assert self._heldout is not None
         source, j = self._heldout.locate(i)
         return self.parts[self._held[source]].heldout(j)
+
+    @property
+    def shuffle(self) -> list[int]:
+        return [group for part in self.parts for group in part.shuffle]
+
+    @property
+    def readahead(self) -> int:
+        return least_readahead(self.parts)
+
+    def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
+        return fetches_in_turn(self.parts, [self.schedule.locate(index) for index in indices])
 
     def _heldout_length(self) -> int:
         """Up to the first that its source does not have."""

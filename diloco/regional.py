@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
-from diloco.mixing import Samples, build_part
+from diloco.mixing import Samples, build_part, fetches_in_turn, gather, least_readahead
 from diloco.reading import SOURCE
 from elastic.security import REGION_NAME
 
@@ -109,10 +107,18 @@ class Regional:
         """int64 [n, seq_len + 1]."""
         if not self.own:
             return self.data.batch(ids)
-        return torch.from_numpy(np.stack([self._sample(*divmod(each, SOURCE)) for each in ids]))
+        return gather(self._parts, [divmod(each, SOURCE) for each in ids], self.own[0].samples.seq_len)
 
-    def _sample(self, source: int, index: int) -> np.ndarray:
-        return self.own[source - 1].samples.sample(index) if source else self.data.sample(index)
+    @property
+    def readahead(self) -> int:
+        return least_readahead(self._parts)
+
+    def fetches(self, ids: Iterable[int]) -> list[Callable[[], None]]:
+        return fetches_in_turn(self._parts, [divmod(each, SOURCE) for each in ids])
+
+    @property
+    def _parts(self) -> list[Samples | Dataset]:
+        return [self.data, *(own.samples for own in self.own)]
 
     def describe(self) -> str:
         alone = [

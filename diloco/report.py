@@ -19,6 +19,7 @@ from diloco.metrics import (
     eval_line,
     memory_bytes,
     peak_flops,
+    perplexity,
     round_line,
     step_line,
 )
@@ -79,12 +80,13 @@ class Reporter:
         self._progress_at_start = trainer.progress()
 
     def step(self, trainer: Trainer, stats: StepStats, seconds: float) -> None:
-        """One inner step, which took `seconds`."""
+        """One inner step, which took `seconds`, without those that it waited for samples."""
         self._nll.append(stats.nll)
         self._seconds += seconds
         if trainer.clock.steps % self.cfg.run.report_every or self.metrics is None:
             return
-        progress = trainer.progress()
+        progress, waited = trainer.progress(), trainer.loader.waited
+        trainer.loader.waited = 0.0
         loss = sum(float(nll) for nll in self._nll) / len(self._nll)
         rate = len(self._nll) * trainer.tokens_per_step / max(self._seconds, 1e-9)
         peak = peak_flops(_device_name(self.region))
@@ -101,6 +103,7 @@ class Reporter:
             None if peak is None else rate * self.flops / (peak * self.region.world),
             self._eta(progress),
             trainer.inner.skipped,
+            waited / max(self._seconds + waited, 1e-9),
         )
         self.metrics.record(record)
         print(step_line(record), flush=True)
@@ -151,10 +154,14 @@ class Reporter:
         self.metrics.record(record)
         print(round_line(record), flush=True)
 
-    def evaluation(self, round_number: int, nll: float, tokens: int, seconds: float) -> None:
+    def evaluation(
+        self, name: str, round_number: int, nll: float, bytes_per_token: float, tokens: int, seconds: float
+    ) -> None:
+        """Of the set of that name. nll: nats per token."""
         if self.metrics is None:
             return
-        record = EvalRecord(round_number, nll, bits_per_byte(nll, self.bytes_per_token), tokens, seconds)
+        bits = bits_per_byte(nll, bytes_per_token)
+        record = EvalRecord(round_number, nll, bits, perplexity(nll), tokens, seconds, name)
         self.metrics.record(record)
         print(eval_line(record), flush=True)
 

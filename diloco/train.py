@@ -45,6 +45,7 @@ def run(cfg: Config) -> int:
         stack.callback(region.close)
         signals.trainer = trainer = Trainer(cfg, region)
         stack.callback(trainer.report.close)
+        stack.callback(trainer.loader.close)
         try:
             join(trainer, stack, exchanges)
             signals.joined()
@@ -77,8 +78,9 @@ def main() -> int:
 
 
 def _hush() -> None:
-    """Two warnings of torch 2.13 that say nothing to a user: FSDP2's about a view nobody writes to, and DTensor's about
-    gathering a parameter over both mesh dims, which is what reading a flat slice is."""
+    """Three warnings of torch 2.13 that say nothing to a user: FSDP2's about a view nobody writes to, DTensor's about
+    gathering a parameter over both mesh dims, which is what reading a flat slice is, and one about what torchdata calls."""
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 

@@ -22,13 +22,14 @@ from diloco.codec import build_codec, compiles
 from diloco.config import Config, build_module, load
 from diloco.control import Control, Order, Status
 from diloco.dataparallel import adamw_fingerprint, adamw_of, read_gradient
-from diloco.evaluate import evaluate
+from diloco.evaluate import build_eval_sets, evaluate
 from diloco.fold import PROTOCOL, State, fold
 from diloco.fragments import digest, group_parameters
 from diloco.inner import Inner, StepStats, lr_at
 from diloco.journal import Journal
 from diloco.keeping import among_all, hear, save
 from diloco.lending import Lender
+from diloco.loading import Loader
 from diloco.merging import Snapshot, mix, progress, rebase, rounding_seed
 from diloco.mixing import build_samples
 from diloco.parallel import Region, layer_of, parallelize
@@ -74,6 +75,7 @@ class Trainer:
         self.dataset = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
         self.own = build_own(cfg.region, cfg.data, self.dataset.source.vocab, cfg.inner.seq_len, cfg.run.seed)
         self.samples = Regional(self.dataset, self.own)
+        self.eval_sets = build_eval_sets(cfg.data, cfg.run.eval_sets, self.dataset, cfg.inner.seq_len)
         self.model = build_model(cfg, region, self.dataset.source.vocab)
         shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
         self.fragments = group_parameters(shapes, layer_of(self.model), cfg.outer.fragments)
@@ -89,6 +91,7 @@ class Trainer:
         self.averaging = build_averaging(cfg, self.planes, self.compiled)
         self.lender = Lender(self.shards, self.inner)
         self.reader = Reader(shares_of(self.own, cfg.region.name))
+        self.loader = Loader(self.samples, cfg.data.workers, cfg.inner.batch, region.dp_rank, region.dp)
         self.report = Reporter(cfg, region, self.dataset.source.bytes_per_token)
         self.clock = Clock(len(self.fragments))
         self.snapshots: dict[int, Snapshot] = {}
@@ -123,6 +126,7 @@ class Trainer:
             "codec": self.cfg.codec.name,
             "data": self.dataset.source.digest[:16],
             "mixture": self.dataset.mixture,
+            "shuffle": self.dataset.shuffle,
             "seq_len": self.cfg.inner.seq_len,
             "outer": adamw_fingerprint(self.cfg.inner) if self.data_parallel else "nesterov",
         }
@@ -154,9 +158,7 @@ class Trainer:
         return Order.decode(self.region.broadcast_bytes(data))
 
     def inner_step(self) -> None:
-        indices = self.reader.take(self.cfg.inner.batch)
-        mine = self.cfg.inner.batch // self.region.dp
-        tokens = self.samples.batch(indices[self.region.dp_rank * mine : (self.region.dp_rank + 1) * mine])
+        tokens = self.loader.next(self.reader)
         self.clock.step(self.tokens_per_step)
         begin = time.monotonic()
         if self.data_parallel:
@@ -231,6 +233,7 @@ class Trainer:
         before, self.state = self.state, fold(self.state, data)
         if self.links.member in self.state.members:
             self.reader.update(self.state.members[self.links.member].leases)
+            self.loader.granted(self.reader)
         entry = json.loads(data)
         if entry["kind"] == "round":
             self.merge(before, entry)
@@ -343,15 +346,17 @@ class Trainer:
             save(self, among_all(self.state, entry), wait=ending)
 
     def evaluate(self) -> None:
-        """Held-out loss of the global parameters: theta goes into the model for it, and the local parameters back."""
+        """Losses of the global parameters on held-out data: theta goes into the model for it, and the local parameters back."""
         away = [f for f in range(len(self.fragments)) if f not in self.at_theta]
         local = {f: self.shards.read(f) for f in away}
         for f in away:
             self.shards.write(f, self.planes.theta[f])
-        begin = time.monotonic()
-        sequences, micro_batch = self.cfg.run.eval_sequences, self.inner.micro_batch
-        nll, tokens = evaluate(self.model, self.inner.loss, self.dataset, self.region, sequences, micro_batch)
-        self.report.evaluation(self.state.rounds, nll, tokens, time.monotonic() - begin)
+        for name, held_out in self.eval_sets.items():
+            begin = time.monotonic()
+            sequences, micro_batch = self.cfg.run.eval_sequences, self.inner.micro_batch
+            nll, tokens = evaluate(self.model, self.inner.loss, held_out, self.region, sequences, micro_batch)
+            size = held_out.source.bytes_per_token
+            self.report.evaluation(name, self.state.rounds, nll, size, tokens, time.monotonic() - begin)
         for f, flat in local.items():
             self.shards.write(f, flat)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diloco.metrics import count, read_metrics, size
+from diloco.metrics import HELD_OUT, count, read_metrics, size
 
 RECORD = "job.json"
 
@@ -70,7 +70,7 @@ def read_course(run_dir: Path) -> tuple[Point, ...]:
             if r["kind"] == "round":
                 tokens[r["round"]] = r["tokens"]
                 sent[r["round"], region] = r["bytes_up"]
-            elif r["kind"] == "eval":
+            elif r["kind"] == "eval" and r["set"] == HELD_OUT:
                 known = r["loss"] is not None
                 losses.setdefault(r["round"], {})[region] = (
                     (r["loss"], r["bits_per_byte"]) if known else (math.inf, math.inf)

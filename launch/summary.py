@@ -4,7 +4,7 @@ metrics."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ckpt.store import Store, StoreError
 from diloco.fold import JournalError, State
 from diloco.journal import Journal
-from diloco.metrics import count, read_metrics, size
+from diloco.metrics import count, perplexity, read_metrics, size
 
 Records = Sequence[Mapping[str, Any]]
 _FP32_BYTES = 4
@@ -92,7 +92,7 @@ def summarise(state: State, metrics: Mapping[str, Records], paths: tuple[Path, .
         tokens=state.tokens,
         stopped=state.stopped,
         regions=tuple(rounds),
-        losses=tuple(c for kind in ("step", "eval") if (c := course(kind, metrics.values()))),
+        losses=tuple(courses(metrics.values())),
         sent=sum(record["bytes_up"] for seen in rounds.values() for record in seen.values()),
         data_parallel=sum(_data_parallel(metrics[name], len(rounds)) for name in rounds),
         compared=len(compared),
@@ -107,9 +107,19 @@ def of_kind(records: Records, kind: str) -> Records:
     return [record for record in records if record["kind"] == kind]
 
 
-def course(kind: str, regions: Iterable[Records]) -> Course | None:
-    """The loss of `step` (training) or `eval` (held-out) records, None if no region has a finite one."""
-    known = [[r for r in of_kind(records, kind) if r["loss"] is not None] for records in regions]
+def courses(regions: Collection[Records]) -> Iterator[Course]:
+    """Of the training loss, and of the loss on each evaluation set."""
+    sets = dict.fromkeys(r["set"] for records in regions for r in of_kind(records, "eval"))
+    named = {"training": [of_kind(records, "step") for records in regions]}
+    named |= {name: [[r for r in of_kind(records, "eval") if r["set"] == name] for records in regions] for name in sets}
+    for name, found in named.items():
+        if each := course(f"{name} loss", found):
+            yield each
+
+
+def course(name: str, regions: Iterable[Records]) -> Course | None:
+    """Of the regions' records of it, None if none is finite."""
+    known = [[r for r in records if r["loss"] is not None] for records in regions]
     known = [records for records in known if records]
     if not known:
         return None
@@ -117,7 +127,6 @@ def course(kind: str, regions: Iterable[Records]) -> Course | None:
     def mean(at: int, field: str) -> float:
         return float(sum(records[at][field] for records in known) / len(known))
 
-    name = {"step": "training loss", "eval": "held-out loss"}[kind]
     return Course(name, mean(0, "loss"), mean(-1, "loss"), mean(0, "bits_per_byte"), mean(-1, "bits_per_byte"))
 
 
@@ -149,7 +158,8 @@ def describe(s: Summary) -> str:
 
 
 def _course_text(c: Course) -> str:
-    return f"{c.first:.4f} → {c.last:.4f} nats/token ({c.first_bits:.3f} → {c.last_bits:.3f} bits/byte)"
+    bits = f"{c.first_bits:.3f} → {c.last_bits:.3f} bits/byte"
+    return f"{c.first:.4f} → {c.last:.4f} nats/token ({bits}, perplexity {perplexity(c.first):.4g} → {perplexity(c.last):.4g})"
 
 
 def _sent_text(s: Summary) -> str:

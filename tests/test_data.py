@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diloco.data import DataConfig, Dataset, build_source, permute, text_bytes
+from diloco.data import DataConfig, Dataset, build_source, text_bytes
 from diloco.errors import ConfigError
+from diloco.shuffle import permute
 
 GOLDEN_10 = [0, 2, 4, 9, 1, 3, 6, 7, 5, 8]
 GOLDEN_1M = [416303, 920774, 439952, 812996]
@@ -100,6 +101,11 @@ def test_batch_is_its_samples() -> None:
     batch = data.batch([7, 0, 1_000])
     assert batch.shape == (3, 5) and str(batch.dtype) == "torch.int64"
     assert (batch[2].numpy() == data.sample(1_000)).all()
+    shuffled = Dataset(counting(4001), 4, 0.1, 0, shuffle=200)
+    assert shuffled.order.group == 50 and shuffled.shuffle == [50] and data.shuffle == [0]
+    indices = [3, 10**12, *range(800, 1000)]
+    assert (shuffled.batch(indices).numpy() == np.stack([shuffled.sample(i) for i in indices])).all()
+    assert len(set(shuffled.batch(range(900))[:, 0].tolist())) == shuffled.train_windows == 900
     with pytest.raises(IndexError):
         data.heldout(data.heldout_windows)
 

@@ -116,6 +116,7 @@ def test_step_line() -> None:
     assert bare.startswith("step 120 30 % | ") and "MFU" not in bare and "ETA" not in bare
     assert bare.endswith("310 MB | 2 steps skipped (gradient not finite)")
     assert "loss nan" in step_line(replace(STEP, loss=math.nan))
+    assert " | waiting for data 25 %" in step_line(replace(STEP, data_waiting=0.25))
 
 
 def test_round_and_eval_line() -> None:
@@ -124,8 +125,8 @@ def test_round_and_eval_line() -> None:
         "exchange 0.12 s | waiting 3 % | pseudo-gradient 0.1234 | digest 0123456789ab"
     )
     assert round_line(replace(ROUND, rounds=None)).startswith("round 3 | ")
-    assert eval_line(EvalRecord(round=3, loss=1.7, bits_per_byte=2.45, tokens=999, seconds=1.2)) == (
-        "held-out after round 3 | loss 1.7000 | 2.450 bits/byte | 999 tokens | 1.20 s"
+    assert eval_line(EvalRecord(round=3, loss=1.7, bits_per_byte=2.45, perplexity=5.474, tokens=999, seconds=1.2)) == (
+        "held-out after round 3 | loss 1.7000 | 2.450 bits/byte | perplexity 5.474 | 999 tokens | 1.20 s"
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from diloco.composing import compose_config
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
 from diloco.mixing import build_samples
@@ -141,3 +143,22 @@ def test_a_phase_begins_at_its_token() -> None:
 def test_a_wrong_mixture_is_one_sentence(changes: dict[str, list[object]], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_samples(DataConfig(**changes), 8, 0)
+
+
+def test_intellect1_and_every_other_option_compose() -> None:
+    own = {"text": ["data.path=x"], "prepared": ["data.path=x"], "mixture": ["data.sources=[{path: x, weight: 1}]"]}
+    own["intellect1"] = ["data.args.root=s3://bucket"]
+    options = sorted(path.stem for path in (Path(__file__).parent.parent / "configs" / "data").glob("*.yaml"))
+    configs = {name: compose_config(["region.name=eu", f"data={name}", *own.get(name, ())]).data for name in options}
+    assert [part["path"] for part in configs["intellect1"].sources][:2] == [
+        "s3://bucket/fineweb-edu",
+        "s3://bucket/fineweb",
+    ]
+    assert {name: config.holdout for name, config in configs.items() if config.holdout} == {
+        "stdlib": 0.02,
+        "text": 0.02,
+    }
+    for name, missing in {"text": "path", "prepared": "path", "mixture": "sources", "intellect1": "args.root"}.items():
+        with pytest.raises(ConfigError, match=rf"data\.{missing} is not set"):
+            compose_config(["region.name=eu", f"data={name}"])
+    assert all(config.cache_bytes == DataConfig().cache_bytes for config in configs.values())

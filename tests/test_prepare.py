@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from diloco.corpus.tokenizing import Bytes, cut, load
 from diloco.corpus.worker import held_out
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
+from tests.corpora import BIG, big_index
 from tests.s3_server import BUCKET
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -348,6 +348,13 @@ def test_a_bucket_is_prepared_like_a_directory(server: str, corpus: Path, tmp_pa
 # ---- as a data source ----
 
 
+def test_an_index_cannot_name_paths(tmp_path: Path) -> None:
+    split = Split(["../train-00000"], [5], [1], [5], ["0"], ["0"])
+    (tmp_path / "index.json").write_bytes(Index("<u1", 256, 0, {}, 0.0, 0, 0, split).encode())
+    with pytest.raises(ConfigError, match=r"names '\.\./train-00000', which is no shard's name"):
+        read_index(tmp_path, "data.path")
+
+
 def test_training_reads_the_shards(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     assert run("prepare", corpus, tmp_path / "out", "--tokenizer", tokenizer, "--holdout", 0.1) == 0
     source = prepared(DataConfig(path=str(tmp_path / "out")))
@@ -376,34 +383,9 @@ def test_the_digest_is_the_datas(corpus: Path, tmp_path: Path) -> None:
         prepared(DataConfig(path=str(tmp_path / "b")))
 
 
-BIG = """
-import resource, sys, time
-from diloco.corpus.source import prepared
-from diloco.data import DataConfig, Dataset
-def memory():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-prepared(DataConfig(path=sys.argv[2])).digest  # what is imported and compiled once
-before, begin = memory(), time.process_time()
-data = Dataset(prepared(DataConfig(path=sys.argv[1])), 2048, 0.0, 0)
-sample = data.sample(0)
-print(time.process_time() - begin, memory() - before, data.train_windows)
-"""
-
-
 def test_a_billion_samples_open_at_once(tmp_path: Path) -> None:
     """4 TB of tokens in 4,096 sparse shards: within 50 ms of CPU and 50 MB, the first sample included; the best of three."""
-    shards, tokens = 4096, 10**9 * 2048 // 4096 + 1
-    checksum = hashlib.sha256(b"").hexdigest()
-    for name, count in (("big", shards), ("small", 1)):
-        (tmp_path / name).mkdir()
-        names = [f"train-{k:05d}" for k in range(count)]
-        row = {"tokens": tokens, "documents": 10**6, "bytes": 4 * tokens, "sha256": checksum, "ends_sha256": checksum}
-        split = Split.of([{"names": n, **row} for n in names])
-        (tmp_path / name / "index.json").write_bytes(Index("<u2", 50257, 50256, {}, 0.0, 0, 0, split).encode())
-        for shard in names:
-            for ending in ("tokens", "ends"):
-                (tmp_path / name / f"{shard}.{ending}").touch()
-            os.truncate(tmp_path / name / f"{shard}.tokens", 2 * tokens)
+    big_index(tmp_path)
     command = [sys.executable, "-c", BIG, str(tmp_path / "big"), str(tmp_path / "small")]
     runs = [
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)

@@ -55,7 +55,8 @@ def write_run(run_dir: Path, us_digest: str = "b" * 64) -> None:
                 metrics.record(ROUND)
             metrics.record(replace(STEP, step=STEPS, loss=3.0 if region == "eu" else 4.0, bits_per_byte=4.5))
             metrics.record(replace(ROUND, seq=4, round=2, step=STEPS, digest=last))
-            metrics.record(EvalRecord(2, 3.25, 4.69, 100, 1.0))
+            metrics.record(EvalRecord(2, 3.25, 4.69, 25.8, 100, 1.0))
+            metrics.record(EvalRecord(2, 2.0, 2.9, 7.39, 100, 1.0, "books"))
 
 
 def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,8 +69,9 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "run            r1: run.rounds=2 reached",
         "rounds         2 by eu, us",
         "tokens         512",
-        "training loss  5.0000 → 3.5000 nats/token (7.200 → 4.500 bits/byte)",
-        "held-out loss  3.2500 → 3.2500 nats/token (4.690 → 4.690 bits/byte)",
+        "training loss  5.0000 → 3.5000 nats/token (7.200 → 4.500 bits/byte, perplexity 148.4 → 33.12)",
+        "held-out loss  3.2500 → 3.2500 nats/token (4.690 → 4.690 bits/byte, perplexity 25.79 → 25.79)",
+        "books loss     2.0000 → 2.0000 nats/token (2.900 → 2.900 bits/byte, perplexity 7.389 → 7.389)",
         "sent           4.00 MB by all regions; data parallel would have sent 64.0 MB, 16 times as much",
         "digests        equal in every round that two or more regions have seen (2); the last is bbbbbbbbbbbb",
         f"checkpoint     {tmp_path}/store/checkpoints/10",

@@ -140,7 +140,8 @@ def write_course(run_dir: Path, losses: Sequence[float] = (3.0, 2.0)) -> None:
             for number in [n for n in range(first, len(losses) + 1) for _ in range(first)]:
                 metrics.record(replace(ROUND, seq=number, round=number, bytes_up=1000 * first))
                 loss = losses[number - 1] + (0.5 if region == "us" else 0)
-                metrics.record(EvalRecord(number, loss, loss / 2, 64, 0.1))
+                metrics.record(EvalRecord(number, loss, loss / 2, 2.7, 64, 0.1))
+                metrics.record(EvalRecord(number, 9.0, 9.0, 9.0, 64, 0.1, "books"))
 
 
 def test_a_course_counts_tokens_once_and_bytes_of_all_regions(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "show": "what a prepared folder holds",
         "verify": "its checksums; exit code 1 if one is wrong",
     }.items():
-        verbs.add_parser(verb, help=what).add_argument("out", metavar="OUT")
+        verbs.add_parser(verb, help=what).add_argument("out", metavar="OUT", help="directory or URL")
     return parser
 
 
@@ -56,11 +56,11 @@ def serve(argv: Sequence[str]) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.verb == "prepare":
             return _prepare(arguments)
-        index = read_index(Path(arguments.out), "OUT")
+        index = read_index(arguments.out, "OUT")
         if arguments.verb == "show":
             print(describe(index))
             return 0
-        faults = list(wrong(Path(arguments.out), index))
+        faults = list(wrong(arguments.out, index))
         print("\n".join([f"wrong: {fault}" for fault in faults] or ["all right"]))
         return 1 if faults else 0
     except (ConfigError, OSError) as error:

@@ -2,6 +2,7 @@
 
 index.json          counts, checksums and the tokenizer, of all shards
 train-00000.tokens  ids one after the other, little-endian uint8, uint16 or uint32 (`dtype`)
+train-00000.sums    sha256 of each MiB of these, 32 bytes each: what a reader of a part checks it by
 train-00000.ends    where each document ends, in tokens of its shard: uint64, ascending
 heldout-…           the same of documents that are never trained on
 tokenizer.json …    the tokenizer's own files
@@ -14,18 +15,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from ckpt.store import MissingError, Store, StoreError
 from diloco.errors import ConfigError
 
 INDEX, PLAN, SKIPPED, PARTS = "index.json", "plan.json", "skipped.txt", "parts"
-FORMAT = "diloco tokens 1"
+FORMAT = "diloco tokens 2"
+CHUNK = 1 << 20
+"""Bytes of a shard that have a digest of their own."""
+ENDINGS = ("tokens", "sums", "ends")
 SPLITS = ("train", "heldout")
+_NAME = re.compile(r"[a-z]+-[0-9]+")
+READERS = 4
+"""Files of a folder that are read at once to verify it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Split:
     bytes: Sequence[int] = ()
     """Of text, in UTF-8."""
     sha256: Sequence[str] = ()
-    """Of the tokens."""
+    """Of the digests of the tokens' chunks."""
     ends_sha256: Sequence[str] = ()
 
     @staticmethod
@@ -81,41 +92,100 @@ def dtype_of(vocab: int) -> str:
     return next(name for name in ("<u1", "<u2", "<u4") if vocab <= 1 << 8 * np.dtype(name).itemsize)
 
 
-def read_index(folder: Path, key: str) -> Index:
-    """key: the setting that named the folder. Raises ConfigError."""
+def is_url(place: str | Path) -> bool:
+    return "://" in str(place)
+
+
+@lru_cache(maxsize=64)
+def store_of(place: str) -> Store:
+    """One client for each folder and process: making one takes a tenth of a second."""
+    return Store(place)
+
+
+def read_index(place: str | Path, key: str) -> Index:
+    """Of a directory or a URL. key: the setting that named it. Raises ConfigError."""
     try:
-        values = json.loads((folder / INDEX).read_bytes())
+        values = json.loads(store_of(str(place)).read(INDEX))
         if values.pop("format") != FORMAT:
             raise ValueError(f"not of the format {FORMAT!r}")
         train, heldout = (Split(**values.pop(name)) for name in SPLITS)
         index = Index(**values, train=train, heldout=heldout)
-    except FileNotFoundError:
+    except MissingError:
         raise ConfigError(
-            f"{key}={folder} holds no {INDEX}: make it with python -m diloco.data prepare SRC... {folder}"
+            f"{key}={place} holds no {INDEX}: make it with python -m diloco.data prepare SRC... OUT, and copy it there"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}={folder}/{INDEX} cannot be read ({error}): prepare the folder anew") from error
+    except StoreError as error:
+        raise ConfigError(f"{key}={place} cannot be read ({error}): set it to a prepared folder or its URL") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}={place}/{INDEX} cannot be read ({error}): prepare the folder anew") from error
     names = [*index.train.names, *index.heldout.names]
-    if missing := {f"{name}.{ending}" for ending in ("tokens", "ends") for name in names} - set(os.listdir(folder)):
-        raise ConfigError(f"{key}={folder} lacks {min(missing)}, which its index names: copy it again")
+    if odd := [name for name in names if not _NAME.fullmatch(name)]:  # they become paths
+        raise ConfigError(f"{key}={place}/{INDEX} names {odd[0]!r}, which is no shard's name: prepare the folder anew")
+    wanted = set() if is_url(place) else {f"{name}.{ending}" for ending in ENDINGS for name in names}
+    if missing := wanted - set(os.listdir(place) if wanted else ()):
+        raise ConfigError(f"{key}={place} lacks {min(missing)}, which its index names: copy it again")
     return index
 
 
-def wrong(folder: Path, index: Index) -> Iterator[str]:
-    """Reads everything; one sentence for each file that is not what the index says."""
-    for name, checksum in index.tokenizer.items():
-        if not (folder / name).is_file() or sha256(folder / name) != checksum:
-            yield f"{folder / name} is not the tokenizer's file that the tokens were made with"
+def wrong(place: str | Path, index: Index) -> Iterator[str]:
+    """Reads everything; one sentence for each file that is not what the index says. Raises StoreError."""
+    store = store_of(str(place))
+    wanted: list[tuple[str, str, Hash]] = [
+        (name, checksum, hashlib.sha256()) for name, checksum in index.tokenizer.items()
+    ]
     for split in (index.train, index.heldout):
         for name, tokens, ends in zip(split.names, split.sha256, split.ends_sha256, strict=True):
-            for ending, checksum in ((".tokens", tokens), (".ends", ends)):
-                if sha256(folder / f"{name}{ending}") != checksum:
-                    yield f"{folder / name}{ending} is damaged: its sha256 is not {checksum}"
+            wanted.append((f"{name}.tokens", tokens, ChunkSums()))
+            wanted += [(f"{name}.sums", tokens, hashlib.sha256()), (f"{name}.ends", ends, hashlib.sha256())]
+    with ThreadPoolExecutor(READERS) as pool:
+        for (name, checksum, _), seen in zip(
+            wanted, pool.map(lambda w: _digest(store, w[0], w[2]), wanted), strict=True
+        ):
+            if seen != checksum:
+                yield f"{store.url}/{name} is {'damaged' if seen else 'missing'}: its sha256 is not {checksum}"
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(store: Store, name: str, into: Hash) -> str:
+    """Empty if there is no such file."""
+    at = 0
+    try:
+        while part := store.read(name, at, at + 8 * CHUNK):
+            into.update(part)
+            at += len(part)
+    except MissingError:
+        return ""
+    return into.hexdigest()
+
+
+class Hash(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class ChunkSums:
+    """sha256 of the sha256s of a file's chunks. `sums`: these, 32 bytes for each chunk, once `hexdigest` was asked."""
+
+    def __init__(self) -> None:
+        self.sums = b""
+        self._open, self._room = hashlib.sha256(), CHUNK
+
+    def update(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data).cast("B")
+        while rest:
+            self._open.update(rest[: self._room])
+            taken = min(self._room, len(rest))
+            rest, self._room = rest[taken:], self._room - taken
+            if not self._room:
+                self._close()
+
+    def hexdigest(self) -> str:
+        if self._room < CHUNK:
+            self._close()
+        return hashlib.sha256(self.sums).hexdigest()
+
+    def _close(self) -> None:
+        self.sums += self._open.digest()
+        self._open, self._room = hashlib.sha256(), CHUNK
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -125,21 +195,21 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class Pending:
-    """A file under a temporary name until it is complete; removed if that fails. Counts a sha256 as it is written."""
+    """A file under a temporary name until it is complete; removed if that fails. Counts a digest as it is written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hash: Hash | None = None) -> None:
         self.path = path
         self._hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._file = self._hidden.open("wb")
-        self._sha256 = hashlib.sha256()
+        self._hash: Hash = hash or hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> None:
-        self._sha256.update(data)
+        self._hash.update(data)
         self._file.write(data)
 
     @property
     def sha256(self) -> str:
-        return self._sha256.hexdigest()
+        return self._hash.hexdigest()
 
     def __enter__(self) -> Pending:
         return self

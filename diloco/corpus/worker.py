@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from diloco.corpus.documents import Damage, Document, Piece, documents
-from diloco.corpus.folder import PARTS, SPLITS, Pending, dtype_of, write_whole
+from diloco.corpus.folder import PARTS, SPLITS, ChunkSums, Pending, dtype_of, write_whole
 from diloco.corpus.tokenizing import Tokenizer, load
 from diloco.errors import ConfigError
 
@@ -70,14 +70,15 @@ class _Shard:
 
     def __init__(self, out: Path, name: str, dtype: str, end: int | None) -> None:
         self.name, self._dtype, self._end = name, dtype, end
-        self._tokens, self._ends = Pending(out / f"{name}.tokens"), Pending(out / f"{name}.ends")
+        self._path, self._sums = out / name, ChunkSums()
+        self._tokens, self._ends = Pending(out / f"{name}.tokens", self._sums), Pending(out / f"{name}.ends")
         self.tokens = self.documents = self.bytes = 0
 
     def add(self, ids: np.ndarray, size: int) -> None:
         """ids: of a document of `size` bytes."""
-        data = ids.astype(self._dtype)
-        if self._end is not None:
-            data = np.append(data, np.asarray(self._end, dtype=self._dtype))
+        data = np.empty(len(ids) + (self._end is not None), dtype=self._dtype)
+        data[: len(ids)] = ids
+        data[len(ids) :] = self._end or 0
         self._tokens.write(data.data)
         self.tokens += len(data)
         self._ends.write(np.asarray([self.tokens], dtype="<u8").data)
@@ -87,6 +88,9 @@ class _Shard:
     def close(self, *failure: Any) -> None:
         for file in (self._tokens, self._ends):
             file.__exit__(*failure or (None,))
+        if not any(failure):
+            self._sums.hexdigest()
+            write_whole(self._path.with_suffix(".sums"), self._sums.sums)
 
     def record(self) -> dict[str, Any]:
         return {

@@ -121,6 +121,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         [EU, "region.sources=[{name: a, weight: 1, path: nowhere}]"],
         ["region.sources[0]: data.path=nowhere does not exist", FIX],
     ),
+    "workers": ([EU, "data.workers=-1"], ["data.workers=-1", FIX]),
+    "evaluation set": ([EU, "run.eval_sets=[{path: text.txt}]"], ["run.eval_sets[0]", "{name: books, path: DIR}"]),
     "H": ([EU, "outer.sync_every=5", "outer.fragments=2"], ["outer.sync_every=5", "outer.fragments=2", FIX]),
     "merge": ([EU, "outer.merge=add"], ["outer.merge=add is not known", "set it to rebase or mix"]),
     "alpha": ([EU, "outer.merge=mix", "outer.alpha=1"], ["outer.alpha=1.0", "set 0 <= alpha < 1"]),

@@ -1,0 +1,71 @@
+"""What is evaluated, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diloco.data import DataConfig
+from diloco.errors import ConfigError
+from diloco.evaluate import build_eval_sets
+from diloco.mixing import build_samples
+from tests.corpora import write_folder
+
+SEQ_LEN = 4
+PREPARED = {"source": "diloco.corpus.source.prepared", "holdout": 0.0}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    """Training text of which a tenth is held out, and two prepared folders."""
+    (tmp_path / "text.txt").write_text("0123456789" * 80 + "x")
+    parts = {"train": [np.arange(41, dtype="u1")], "heldout": [np.arange(100, 121, dtype="u1")]}
+    write_folder(tmp_path / "parted", parts, 256, 3)
+    write_folder(tmp_path / "whole", {"train": [np.arange(41, dtype="u1")]}, 256, 5)
+    return DataConfig(path=str(tmp_path / "text.txt"), holdout=0.1)
+
+
+def build(data: DataConfig, *sets: Any) -> dict[str, Any]:
+    return build_eval_sets(data, sets, build_samples(data, SEQ_LEN, 0), SEQ_LEN)
+
+
+def test_a_set_is_what_its_folder_holds_out_or_all_of_it(data: DataConfig, tmp_path: Path) -> None:
+    sets = [{"name": name, "path": str(tmp_path / name), **PREPARED} for name in ("parted", "whole")]
+    sets.append({"name": "text", "path": data.path})
+    sets.append({"name": "tenth", "path": data.path, "holdout": 0.1})
+    found = build(data, *sets)
+    windows = {name: each.heldout_windows for name, each in found.items()}
+    assert windows == {"held-out": 20, "parted": 5, "whole": 10, "text": 200, "tenth": 20}
+    assert [found[name].heldout(1).tolist() for name in ("parted", "whole")] == [
+        [104, 105, 106, 107, 108],
+        [4, 5, 6, 7, 8],
+    ]
+    assert (found["text"].heldout(0) == np.frombuffer(b"01234", dtype="u1")).all()
+    assert [each.source.bytes_per_token for each in found.values()] == [1, 3, 5, 1, 1]
+
+
+def test_training_that_holds_nothing_out_has_its_named_sets_alone(data: DataConfig, tmp_path: Path) -> None:
+    everything = DataConfig(path=data.path, holdout=0.0)
+    assert build(everything) == {}
+    assert list(build(everything, {"name": "text", "path": data.path})) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ([{"path": "x"}], r"run\.eval_sets\[0\]=.* has no name of its own: write it as"),
+        (["books"], r"run\.eval_sets\[0\]=books has no name"),
+        ([{"name": "held-out", "path": "x"}], "not as held-out"),
+        ([{"name": "a/b", "path": "x"}], "has no name of its own"),
+        ([{"name": "text"}, {"name": "text"}], r"run\.eval_sets\[1\]"),
+        ([{"name": "books", "pth": "x"}], r"run\.eval_sets\[0\]\.pth is not known"),
+        ([{"name": "books", "path": "nowhere"}], r"run\.eval_sets\[0\]: data\.path=nowhere does not exist"),
+        ([{"name": "books", "path": "nowhere", **PREPARED}], r"run\.eval_sets\[0\]: data\.path=nowhere holds no index"),
+    ],
+)
+def test_a_wrong_set_is_one_sentence(data: DataConfig, sets: list[Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(data, *sets)

@@ -1,0 +1,241 @@
+"""Prepared folders in a real bucket: what is fetched, checked, kept, shared, and tried again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diloco.corpus import cache as caching
+from diloco.corpus.cache import DamagedShard
+from diloco.corpus.command import serve
+from diloco.corpus.folder import CHUNK
+from diloco.data import DataConfig
+from diloco.errors import ConfigError
+from diloco.mixing import Samples, build_samples
+from tests.corpora import upload, write_folder
+from tests.s3_proxy import Proxy, Rule
+from tests.s3_server import BUCKET, Server
+
+ROOT = Path(__file__).parent.parent
+SEQ_LEN = 2048
+SHARDS = (1_400_000, 1_100_001, 1_200_000)
+"""Tokens, of two bytes: chunks and windows end across shards."""
+CHUNKS = sum(-(-2 * tokens // CHUNK) for tokens in SHARDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(0)
+    arrays = [random.integers(0, 50257, tokens, dtype="<u2") for tokens in (*SHARDS, 30_000)]
+    return write_folder(tmp_path_factory.mktemp("corpus") / "out", {"train": arrays[:-1], "heldout": arrays[-1:]})
+
+
+@pytest.fixture
+def url(
+    folder: Path, weed: Server, proxy: Proxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Of the folder, behind the proxy; clients do not try again by themselves."""
+    for name, value in {**weed.environment, "AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(caching, "RETRY_SECONDS", (0.02, 0.1))
+    found = upload(folder, f"s3://{BUCKET}/{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}")
+    proxy.requests.clear()
+    return found
+
+
+def config(url: str, root: Path, **changes: object) -> DataConfig:
+    return DataConfig(
+        "diloco.corpus.source.prepared", url, holdout=0.0, cache=str(root / "cache"), **{"patience": 20.0, **changes}
+    )
+
+
+def open_(url: str, root: Path, **changes: object) -> Samples:
+    return build_samples(config(url, root, **changes), SEQ_LEN, 0)
+
+
+def local(folder: Path, **changes: object) -> Samples:
+    return open_(str(folder), folder, **changes)
+
+
+def kept(root: Path) -> int:
+    """Bytes in the cache."""
+    return sum(path.stat().st_size for path in (root / "cache").glob("diloco-shards/*/*-*/*"))
+
+
+def fetched(proxy: Proxy, url: str, ending: str = "tokens") -> int:
+    return proxy.count("GET", rf"{url.rpartition('/')[2]}/\S*\.{ending}")
+
+
+def test_a_streamed_corpus_is_the_local_one_and_begins_before_a_shard_is_there(
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path
+) -> None:
+    near, far = local(folder), open_(url, tmp_path)
+    assert far.source.digest == near.source.digest and far.source.bytes_per_token == near.source.bytes_per_token == 4
+    assert proxy.count("GET") == 1, "opening reads the index alone"
+    first = far.batch([0])
+    assert fetched(proxy, url) <= 2 and kept(tmp_path) <= 2 * CHUNK < 2 * min(SHARDS)
+    assert (first == near.batch([0])).all()
+    for begin in range(0, near.train_windows, 100):
+        indices = range(begin, min(begin + 100, near.train_windows))
+        assert (far.batch(indices) == near.batch(indices)).all()
+    held = range(near.heldout_windows)
+    assert len(held) > 10 and all((far.heldout(i) == near.heldout(i)).all() for i in held)
+    assert fetched(proxy, url) == CHUNKS + 1 and fetched(proxy, url, "sums") == len(SHARDS) + 1
+
+
+def test_the_cache_is_bounded_and_each_chunk_is_fetched_once_an_epoch(
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diloco.data.BLOCK_TOKENS", 1 << 18)
+    with pytest.raises(
+        ConfigError, match=r"data\.cache_bytes=1000000 does not hold .* set it to (\d+) or more"
+    ) as error:
+        open_(url, tmp_path, shuffle=1 << 18, cache_bytes=1_000_000)
+    least = int(re.findall(r"set it to (\d+)", str(error.value))[0])
+    monkeypatch.setattr("diloco.corpus.source.room_for", lambda *_: 1)
+    limit = 4 * CHUNK
+    far, near = (open_(place, tmp_path, shuffle=1 << 18, cache_bytes=limit) for place in (url, str(folder)))
+    assert limit < 2 * sum(SHARDS) and least > limit
+    monkeypatch.setattr(caching, "TOUCH_SECONDS", 0.0)
+    mine = tmp_path / "cache" / "a" / "b" / "c"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("not of the cache")
+    most = 0
+    for index in range(near.train_windows):
+        assert (far.batch([index]) == near.batch([index])).all()
+        most = max(most, kept(tmp_path))
+    assert most <= limit + limit // 64 + CHUNK and mine.exists()
+    assert CHUNKS <= fetched(proxy, url) <= 2 * CHUNKS + 2, "a block of half a chunk lies in one or two"
+
+
+def test_runs_of_chunks_are_fetched_ahead(
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diloco.corpus.source.ALONE", 2)
+    near, far = local(folder), open_(url, tmp_path)
+    assert near.readahead == 0 and far.readahead == far.train_windows == near.train_windows
+    everything = range(near.train_windows)
+    assert near.fetches(everything) == []
+    calls = far.fetches(everything)
+    calls[0]()
+    far.batch([0])
+    assert fetched(proxy, url) <= 2, "what comes first"
+    for call in calls:
+        call()
+    assert fetched(proxy, url) <= 3 + len(SHARDS) < CHUNKS
+    seen = len(proxy.requests)
+    assert (far.batch(everything) == near.batch(everything)).all() and len(proxy.requests) == seen
+
+
+READ = """
+import hashlib, sys
+from pathlib import Path
+from diloco.corpus.cache import Cache, Shard
+from diloco.corpus.folder import read_index
+url, root = sys.argv[1:]
+split = read_index(url, "URL").train
+cache = Cache(url, Path(root), "shared", 1 << 30, 20.0)
+for name, tokens, checksum in zip(split.names, split.tokens, split.sha256):
+    print(hashlib.sha256(cache.read(Shard(name, 2 * tokens, checksum), 1, 2 * tokens)).hexdigest())
+"""
+"""As a rank does, without waiting for torch."""
+
+
+def test_processes_share_a_cache(url: str, folder: Path, proxy: Proxy, tmp_path: Path) -> None:
+    """Three at once, from nothing, one of them killed on its way: every chunk crosses the network once, or once more for the one
+    that died with it."""
+    command = [sys.executable, "-c", READ, url, str(tmp_path)]
+    readers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    while fetched(proxy, url) < 2 and readers[0].poll() is None:
+        time.sleep(0.001)
+    readers[0].kill()
+    said = [reader.communicate(timeout=100)[0] for reader in readers]
+    digests = [hashlib.sha256(path.read_bytes()[1:]).hexdigest() for path in sorted(folder.glob("train-*.tokens"))]
+    assert [each.split() for each in said[1:]] == [digests, digests]
+    assert CHUNKS <= fetched(proxy, url) <= CHUNKS + 1
+
+
+def test_damage_is_fetched_again_or_named(
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    near, name = local(folder), r"\.tokens"
+    for k, rule in enumerate(
+        [Rule("flip", "GET", name, times=1, at=77), Rule("truncate", "GET", name, times=1, at=999)]
+    ):
+        with proxy.fault(rule):
+            assert (open_(url, tmp_path / str(k)).batch([0]) == near.batch([0])).all()
+        assert rule.hits == 1
+    sentence = (
+        r"/train-0000\d\.tokens is damaged: its bytes \[\d+, \d+\) do not have the sha256 of the index: copy it again"
+    )
+    with proxy.fault(Rule("flip", "GET", name, at=77)), pytest.raises(DamagedShard, match=sentence):
+        open_(url, tmp_path / "flip").batch([0])
+    with (
+        proxy.fault(Rule("status", "GET", r"\.sums", status=404)),
+        pytest.raises(DamagedShard, match=r"sums.* none .*copy"),
+    ):
+        open_(url, tmp_path / "gone").batch([0])
+    [*_, chunk] = sorted((tmp_path / "0" / "cache").glob("diloco-shards/*/*-*/*"))
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    assert (open_(url, tmp_path / "0").batch([0]) == near.batch([0])).all()
+    assert f"{chunk} is damaged on this disk: fetching it again" in capfd.readouterr().out
+
+
+def test_an_outage_is_waited_for_and_told(
+    url: str, folder: Path, weed: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The server is killed while a reader goes on, and started again when the reader has said so."""
+    near, far = local(folder), open_(url, tmp_path)
+    impatient = open_(url, tmp_path / "impatient", patience=0.1)
+    far.batch([0])
+    weed.kill()
+    got: list[bool] = []
+    reader = threading.Thread(target=lambda: got.extend((far.batch([i]) == near.batch([i])).all() for i in range(200)))
+    with pytest.raises(OSError, match="cannot read train-"):
+        impatient.batch([0])
+    try:
+        reader.start()
+        said, deadline = "", time.monotonic() + 20
+        while f"{url}: cannot read" not in said and time.monotonic() < deadline:
+            said += capfd.readouterr().out
+            time.sleep(0.01)
+    finally:
+        weed.start()
+    reader.join(60)
+    assert len(got) == 200 and all(got)
+    said += capfd.readouterr().out
+    assert said.count("trying again for") == 2 and said.count(f"data: {url} answers again after") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, r"data\.path=URL/nowhere holds no index\.json"),
+        ({"cache": f"{__file__}/cache"}, rf"data\.cache={__file__}/cache cannot be written to"),
+        ({"cache_bytes": 5}, r"data\.cache_bytes=5 does not hold twice the tokens of data\.shuffle=268435456"),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_sentence(
+    url: str, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words.replace("URL", url)):
+        build_samples(
+            DataConfig(**{**vars(config(url if changes else f"{url}/nowhere", tmp_path)), **changes}), SEQ_LEN, 0
+        )
+
+
+def test_a_bucket_is_shown_and_verified_like_a_directory(
+    url: str, proxy: Proxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve(["show", url]) == 0 and "3,700,001 tokens" in capsys.readouterr().out
+    assert serve(["verify", url]) == 0 and "all right" in capsys.readouterr().out
+    with proxy.fault(Rule("flip", "GET", r"train-00001\.tokens", at=5)):
+        assert serve(["verify", url]) == 1 and f"{url}/train-00001.tokens is damaged" in capsys.readouterr().out
