@@ -175,7 +175,7 @@ def test_a_rewind() -> None:
     run = Run()
     run.round()
     counts = dict.fromkeys(("rounds", "cursor", "applied", "dropped", "rejected", "skipped"), 0)
-    counters = {**counts, "pool": [], "fragments": [{}]}
+    counters = {**counts, "own": {}, "pool": [], "fragments": [{}]}
     run.append({"kind": "rewind", "reason": "by hand", "checkpoint": "c/0", "counters": counters})
     assert "the run went back" in violations(run)
 
