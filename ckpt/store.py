@@ -174,6 +174,141 @@ class Store:
             except ABSENT:
                 return []
 
+    def clock(self) -> float:
+        """What the store's own clock says, s since 1970: of an object that is written to read that."""
+        probe = f"probe/{uuid.uuid4().hex}"
+        self.write(probe, b"")
+        try:
+            with self._errors("list", probe):
+                return dict(self._backend.modified("probe"))[probe]
+        finally:
+            self.delete(probe)
+
+    def ages(self, folder: str) -> dict[str, float]:
+        """All keys in the folder and below, and how many seconds ago each was written, by the store's own clock: the object
+        that is written to read that is at least as young as all others."""
+        now = self.clock()
+        with self._errors("list", check_key(folder)):
+            try:
+                return {key: now - when for key, when in self._backend.modified(folder) if _is_key(key)}
+            except ABSENT:
+                return {}
+
+    def write(self, key: str, data: bytes) -> None: ...
+
+    def read(self, key: str, start: int, stop: int | None) -> Buffer: ...
+
+    def size(self, key: str) -> int: ...
+
+    def delete(self, key: str) -> None: ...
+
+    def find(self, folder: str) -> Iterator[str]:
+        """All keys under the folder ('' is the whole store), in any order."""
+        ...
+
+    def modified(self, folder: str) -> Iterator[tuple[str, float]]:
+        """As find, with the second at which the store says that the object was written."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what killed processes left behind."""
+        ...
+
+
+class Store:
+    """Objects of bytes under relative keys, at a directory or any fsspec URL (`s3://bucket/prefix`).
+
+    Safe to use from several threads. Every failure is a StoreError; an absent object is its subclass
+    MissingError (also a FileNotFoundError).
+    """
+
+    def __init__(self, url: str):
+        self._backend, self.url = _open(url)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create an object, complete at once, unless the key exists. True: it is there with these bytes.
+
+        A refusal, a time-out or an error mean that the outcome is unknown (a client's own retry turns success
+        into 412), so the object is read back and compared: contents that must not be confused need a nonce.
+        StoreError leaves the outcome open (a delayed request may still land); creating the same bytes again
+        is always safe.
+        """
+        check_key(key)
+        failure: StoreError | None = None
+        for attempt in range(CREATE_TRIES):
+            if attempt:
+                time.sleep(0.1 * 2**attempt)  # 409: another conditional request is under way
+            try:
+                with self._errors("create", key):
+                    self._backend.create(key, data)
+                return True
+            except StoreError as error:
+                failure = error
+            held = self._holds(key, data)
+            if held is not None:
+                return held
+        raise StoreError(f"{failure} ({CREATE_TRIES} tries; it may or may not have been created)") from failure
+
+    def _holds(self, key: str, data: bytes) -> bool | None:
+        """Whether the object has exactly these bytes; None where that cannot be told."""
+        try:
+            return self.size(key) == len(data) and self.read(key) == data
+        except StoreError:
+            return None
+
+    def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of an object, fewer where it ends before; MissingError if there is none."""
+        first = start or 0
+        if first < 0 or (stop is not None and stop < first):
+            raise ValueError(f"[{start}, {stop}) is not a range of bytes")
+        return bytes(self._read(key, first, stop))
+
+    def _read(self, key: str, first: int, stop: int | None) -> Buffer:
+        with self._errors("read", check_key(key)):
+            if first == stop:
+                return b""
+            try:
+                return self._backend.read(key, first, stop)
+            except Exception:
+                # S3 answers a range that begins beyond the end by an error (416).
+                if first and self._backend.size(key) <= first:
+                    return b""
+                raise
+
+    def read_into(self, key: str, start: int, out: memoryview) -> int:
+        """Bytes of an object from `start` on, into all of `out`; how many there were, fewer where it ends before. MissingError
+        if there is none."""
+        data = memoryview(self._read(key, start, start + len(out)))
+        out[: len(data)] = data
+        return len(data)
+
+    def size(self, key: str) -> int:
+        """Bytes of an object; raise MissingError if there is none."""
+        with self._errors("look at", check_key(key)):
+            return self._backend.size(key)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of exactly this key (a folder is not one)."""
+        try:
+            self.size(key)
+        except MissingError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted keys of all objects in the folder `prefix` and below; '' is the whole store."""
+        folder = prefix.rstrip("/")
+        if folder:
+            check_key(folder)
+        with self._errors("list", folder or "it"):
+            try:
+                return sorted(key for key in self._backend.find(folder) if _is_key(key))
+            except ABSENT:
+                return []
+
     def ages(self, folder: str) -> dict[str, float]:
         """All keys in the folder and below, and how many seconds ago each was written, by the store's own clock: the object
         that is written to read that is at least as young as all others."""

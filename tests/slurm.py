@@ -22,6 +22,7 @@ CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
+FirstJobId={first}
 SlurmdPort={node}
 SlurmUser=root
 AuthType=auth/none
@@ -52,7 +53,9 @@ class Slurm:
         controller, node = free_ports(2)
         host = socket.gethostname().partition(".")[0]
         cpus = len(os.sched_getaffinity(0))
-        config.write_text(CONFIG.format(host=host, controller=controller, node=node, folder=folder, cpus=cpus))
+        first = controller  # of job ids, by which torchrun's agents find each other: not those of another cluster here
+        values = {"host": host, "controller": controller, "node": node, "folder": folder, "cpus": cpus, "first": first}
+        config.write_text(CONFIG.format(**values))
         (folder / "state").mkdir()
         (folder / "spool").mkdir()
 
