@@ -1,5 +1,5 @@
-"""How doctors find each other, and the members of a live run: by the run's store, which all regions reach anyway. The lighthouse is
-not asked: whoever knocks there counts among those whose absence delays a quorum."""
+"""How doctors find each other, and the members of a live run: by the run's store, which all regions reach anyway. The lighthouse
+is not asked: whoever knocks there counts among those whose absence delays a quorum."""
 
 from __future__ import annotations
 
@@ -70,9 +70,11 @@ class Meeting:
     def find(self, count: int, seconds: float) -> list[Peer]:
         """Those of the run that are there, once there are `count`, or after some seconds."""
         until = time.monotonic() + seconds
-        while len({region_of(p.member) for p in (found := self._look())}) < count and time.monotonic() < until:
+        while True:
+            found = self._look()
+            if len({region_of(peer.member) for peer in found}) >= count or time.monotonic() > until:
+                return found
             time.sleep(POLL)
-        return found
 
     def _look(self) -> list[Peer]:
         living = [] if self.state is None else list(self.state.members.values())
