@@ -22,6 +22,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from diloco.errors import ConfigError
 from diloco.fold import JournalError, State
 from diloco.journal import Journal
 from elastic.lighthouse import Lighthouse, LighthouseError, find_or_serve
-from elastic.security import Security
+from elastic.security import Security, region_of
 from launch import checks
 from launch.checks import FAIL, OK, WARN, Finding
 from launch.peers import Meeting, Peer, examine
@@ -155,7 +156,7 @@ def _peers(
             )
         peers = meeting.find(request.peers, request.wait)
         found = [f for p in peers for f in examine(meeting, p, request.seconds if p.facts else LIVE_SECONDS)]
-        names = {peer.member.rpartition("_")[0] for peer in peers}
+        names = {region_of(peer.member) for peer in peers}
         if len(names) < request.peers:
             told = f"{len(names)} of {request.peers} came within {request.wait:g} s"
             found.append(
@@ -180,7 +181,7 @@ def _versions(facts: dict[str, Any], peers: Sequence[Peer]) -> list[Finding]:
         pairs = [(name, mine, theirs.get(name, mine)) for name, mine in facts["software"].items()]
         odd = [f"{name} {b} there, {a} here" for name, a, b in pairs if a.split(".")[:2] != b.split(".")[:2]]
         if odd:
-            name = f"peer {peer.member.rpartition('_')[0]}"
+            name = f"peer {region_of(peer.member)}"
             found.append(Finding(name, WARN, ", ".join(odd), "install the same versions in all regions"))
     return found
 
@@ -207,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, StoreError) as error:
         print(f"launch.doctor: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    findings = examine_all(request)
+    with redirect_stdout(sys.stderr):  # what ports say of whom they refuse
+        findings = examine_all(request)
     failed = any(finding.state == FAIL for finding in findings)
     if as_json:
         print(

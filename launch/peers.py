@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from launch.checks import FAIL, OK, Finding, clock
 FOLDER = "doctor"
 STALE = 600.0
 """Seconds after which who has not taken its entry away is dead."""
-LINGER = 20.0
-"""Seconds that a doctor stays for others to measure the way to it."""
+LINGER, BRIEFLY = 20.0, 5.0
+"""Seconds that a doctor stays for others to measure the way to it: for those that it has reached, and for others."""
 POLL = 0.5
 
 
@@ -44,6 +44,8 @@ class Meeting:
     def __init__(self, cfg: Config, store: Store, security: Security, state: State | None, facts: Mapping[str, Any]):
         self.cfg, self.store, self.state = cfg, store, state
         self.member = f"{cfg.region.name}_{secrets.randbelow(10**9)}"
+        self.reached = set[str]()
+        """Members that this doctor has measured the way to."""
         self._left = set[str]()
         self._changed = threading.Condition()
         self.node = Node(own_host(cfg.elastic.host, cfg.elastic.lighthouse), security=security)
@@ -89,11 +91,12 @@ class Meeting:
             found.append(Peer(said["member"], (said["endpoint"],), said["facts"]))
         return found
 
-    def close(self, peers: list[Peer]) -> None:
+    def close(self, peers: Sequence[Peer]) -> None:
         """Stays until the doctors among them have measured the way here."""
-        doctors = {peer.member for peer in peers if peer.facts} if self.endpoint else set[str]()
+        doctors = {peer.member for peer in peers if peer.facts and self.endpoint}
         with self._changed:
-            self._changed.wait_for(lambda: doctors <= self._left, LINGER)
+            self._changed.wait_for(lambda: doctors <= self._left, BRIEFLY)
+            self._changed.wait_for(lambda: doctors & self.reached <= self._left, LINGER - BRIEFLY)
         self.store.delete(self._key)
         self.node.close()
 
@@ -119,6 +122,7 @@ def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:
             "open the way from here to there, all ports (or elastic.gateway), and use the same certificates or secret"
         )
         return [Finding(name, FAIL, f"{peer.member} at {ports}: {error}", remedy)]
+    meeting.reached.add(peer.member)
     found = (
         f"round trip {1000 * way.rtt:.1f} ms, {way.up * 8e-6:,.0f} Mbit/s up, {way.down * 8e-6:,.0f} Mbit/s down, "
         f"{'ports open both ways' if way.back == '' else 'its ports are open'}"
