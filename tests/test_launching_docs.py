@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def commands(needing: bool) -> list[str]:
     blocks = PAGE.read_text().split("\n\n")
     return [
         line.strip()
-        for before, block in zip(blocks, blocks[1:], strict=False)
+        for before, block in pairwise(blocks)
         if block.startswith("    ") and ("(needs " in before) is needing
         for line in block.splitlines()
     ]
