@@ -101,9 +101,9 @@ def slow(here: str, rates: Sequence[Mapping[str, Any]]) -> Finding:
     found = ", ".join(f"{r['device']} {r['flops'] / 1e12:.2f} TFLOP/s" for r in mine)
     late = []
     for rate in rates:
-        usual = statistics.median([r["flops"] for r in rates if r["kind"] == rate["kind"]])
-        best = max(r["flops"] for r in rates if r["kind"] == rate["kind"])
-        usual = max(usual, best if len(rates) == 2 else usual)  # of two, the faster one is the usual
+        usual = statistics.median_high(
+            [r["flops"] for r in rates if r["kind"] == rate["kind"]]
+        )  # of two, the faster one
         if rate["flops"] < SLOW * usual:
             late.append(f"{rate['where']} {rate['device']} at {rate['flops'] / usual:.0%} of the usual")
     values = {"devices": mine, "slow": late}

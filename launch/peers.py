@@ -33,7 +33,7 @@ POLL = 0.5
 class Peer:
     member: str
     endpoints: tuple[str, ...]
-    """Of its ranks; empty strings if they cannot be dialled."""
+    """Of its ranks, and of their exchanges; empty strings if they cannot be dialled."""
     facts: Mapping[str, Any]
     """What a doctor says of its machine; nothing of a member of a live run."""
 
@@ -80,7 +80,7 @@ class Meeting:
 
     def _look(self) -> list[Peer]:
         living = [] if self.state is None else list(self.state.members.values())
-        found = [Peer(m.id, tuple(m.endpoints), {}) for m in living if m.region != self.cfg.region.name]
+        found = [Peer(m.id, (*m.endpoints, *m.data), {}) for m in living if m.region != self.cfg.region.name]
         for key, age in self.store.ages(FOLDER).items():
             if key == self._key or age > STALE:
                 continue
@@ -102,7 +102,7 @@ class Meeting:
 
 
 def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:
-    """The way to a peer: its first rank is measured, the others are dialled. seconds: of a flood."""
+    """The way to a peer: its first port is measured, the others are dialled. seconds: of a flood."""
     name, elastic = f"peer {region_of(peer.member)}", meeting.cfg.elastic
     if not all(peer.endpoints):
         if meeting.endpoint:
