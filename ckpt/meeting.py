@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,9 @@ class Meeting:
     _parts: dict[str, Part | None] = field(default_factory=dict)
     _made_up: set[int] = field(default_factory=set)
     _whole_since: float | None = None
+    _gone_on: dict[int, float] = field(default_factory=dict)
+    """Share -> when its member was first seen at a later attempt: it has skipped this one."""
+    _looked: float = 0.0
 
     def run(self) -> Outcome:
         pause = FIRST_LOOK
@@ -98,21 +102,43 @@ class Meeting:
         return [part for part in self._parts.values() if part is not None]
 
     def _help(self, missing: list[int]) -> None:
-        """One after the other has its turn, lest all upload the same."""
+        """One after the other has its turn, lest all upload the same: of those that are here, if a member has skipped this
+        attempt, else of all, after a while. Members that wait for each other at different attempts would stay so."""
         attempt = self.attempt
+        if not attempt.compare:
+            return
+        self._look_further(missing)
         turn = self.began + max(attempt.patience, 2 * self.took) + attempt.place * attempt.stagger
-        if attempt.compare and time.monotonic() >= turn:
-            for index in missing:
-                if index not in self._made_up:
-                    self.make_up(index)
-                    self._made_up.add(index)
+        for index in missing:
+            mine = self._gone_on.get(index, turn) + self._place() * attempt.stagger
+            if index not in self._made_up and time.monotonic() >= min(turn, mine):
+                self.make_up(index)
+                self._made_up.add(index)
+
+    def _place(self) -> int:
+        """Of this member among those that have uploaded something."""
+        here = {part.member for part in self._parts.values() if part is not None}
+        return sorted(here | {self.attempt.member}).index(self.attempt.member)
+
+    def _look_further(self, missing: list[int]) -> None:
+        """Which members have uploaded something of a later attempt."""
+        if (now := time.monotonic()) < self._looked + LOOK:
+            return
+        self._looked = now
+        root, _, number = self.attempt.prefix.rpartition("/")
+        part = re.compile(re.escape(root) + rf"/([0-9]{{1,18}})/{FOLDER}/(.+)-[0-9]+-[0-9a-f]+\.json")
+        found = [match.groups() for key in self.store.list(root) if (match := part.fullmatch(key))]
+        later = {member for seq, member in found if int(seq) > int(number)}
+        for index in missing:
+            if self.attempt.members[index] in later:
+                self._gone_on.setdefault(index, now)
 
     def _commit(self, settled: Settlement) -> Outcome | None:
         """Rank 0 of the first at once, of the others later, in case that those are gone."""
         now, attempt = time.monotonic(), self.attempt
         if self._whole_since is None:
             self._whole_since = now
-        if attempt.rank or now < self._whole_since + attempt.place * attempt.stagger:
+        if attempt.rank or now < self._whole_since + self._place() * attempt.stagger:
             return None
         body = attempt.body | {"by": attempt.member} | ({"totals": to_hex(settled.totals)} if settled.totals else {})
         if now >= self.until:  # it was stopped for a while: others have gone on

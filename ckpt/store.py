@@ -174,16 +174,20 @@ class Store:
             except ABSENT:
                 return []
 
-    def ages(self, folder: str) -> dict[str, float]:
-        """All keys in the folder and below, and how many seconds ago each was written, by the store's own clock: the object
-        that is written to read that is at least as young as all others."""
+    def clock(self) -> float:
+        """What the store's own clock says, s since 1970: of an object that is written to read that."""
         probe = f"probe/{uuid.uuid4().hex}"
         self.write(probe, b"")
         try:
             with self._errors("list", probe):
-                now = dict(self._backend.modified("probe"))[probe]
+                return dict(self._backend.modified("probe"))[probe]
         finally:
             self.delete(probe)
+
+    def ages(self, folder: str) -> dict[str, float]:
+        """All keys in the folder and below, and how many seconds ago each was written, by the store's own clock: the object
+        that is written to read that is at least as young as all others."""
+        now = self.clock()
         with self._errors("list", check_key(folder)):
             try:
                 return {key: now - when for key, when in self._backend.modified(folder) if _is_key(key)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -154,6 +155,9 @@ def drop_bits(store: Store, root: str, after: str, folder: str, keep: int, store
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # Slurm sends it to all processes of a job; this one ends with its work
     with suppress(OSError):
         os.nice(NICE)  # training comes first
     arena = Arena.attach(int(arguments[0])).bytes

@@ -185,20 +185,27 @@ def store_url(cfg: Config) -> str:
 
 def validate(cfg: Config, world: int) -> None:
     """Raises ConfigError for anything that cannot work, without touching a socket or a device, or writing a file."""
-    _validate_run(cfg)
+    validate_anywhere(cfg, world)
     _validate_places(cfg)
-    validate_method(cfg)
     tracker.validate(cfg.tracker)
     parallel.validate(cfg.parallel, world)
-    inner.validate(cfg.inner, world // cfg.parallel.tp)
     _validate_network(cfg)
-    if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
-        raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
     sets = build_eval_sets(cfg.data, cfg.run.eval_sets, samples, cfg.inner.seq_len)
     own = build_own(cfg.region, cfg.data, samples.source.vocab, cfg.inner.seq_len, cfg.run.seed)
     loading.check(Regional(samples, own), cfg.data.workers)
     _validate_model(cfg, max(each.source.vocab for each in (samples, *sets.values())))
+
+
+def validate_anywhere(cfg: Config, world: int) -> None:
+    """Of `validate`, what can be told on any machine. Raises ConfigError."""
+    _validate_run(cfg)
+    validate_method(cfg)
+    parallel.validate_mesh(cfg.parallel, world)
+    inner.validate(cfg.inner, world // cfg.parallel.tp)
+    addresses(cfg)
+    if not 0 <= cfg.elastic.streams <= MAX_STREAMS:
+        raise ConfigError(f"elastic.streams={cfg.elastic.streams}: set it to 0 (automatic) or up to {MAX_STREAMS}")
 
 
 def validate_method(cfg: Config) -> None:
@@ -207,20 +214,23 @@ def validate_method(cfg: Config) -> None:
     _validate_outer(cfg)
 
 
-def _validate_network(cfg: Config) -> None:
+def addresses(cfg: Config) -> dict[str, str]:
+    """Keys of elastic -> hosts that they name. Raises ConfigError."""
     elastic, hosts = cfg.elastic, {}
     for key, address in {"lighthouse": elastic.lighthouse, "gateway": elastic.gateway or "127.0.0.1:0"}.items():
         try:
             hosts[key] = host_port(address)[0]
         except ValueError as error:
             raise ConfigError(f"elastic.{key}: {error}") from error
-    if elastic.host:
-        hosts["host"] = elastic.host
-    public = [key for key, host in hosts.items() if not is_local(host)]
+    return {**hosts, **({"host": elastic.host} if elastic.host else {})}
+
+
+def _validate_network(cfg: Config) -> None:
+    public = [f"{key}={getattr(cfg.elastic, key)}" for key, host in addresses(cfg).items() if not is_local(host)]
     if not build_security(cfg).secured and public:
         raise ConfigError(
-            f"elastic.{public[0]}={getattr(elastic, public[0])} is not loopback, and nobody has to prove that he belongs to the "
-            f"run: set elastic.tls to a directory made by python -m launch.certs, or {ENVIRONMENT} to a secret, alike everywhere"
+            f"elastic.{public[0]} is not loopback, and nobody has to prove that he belongs to the run: set "
+            f"elastic.tls to a directory made by python -m launch.certs, or {ENVIRONMENT} to a secret, alike everywhere"
         )
 
 

@@ -14,6 +14,7 @@ from diloco.averaging import Averaging
 from diloco.checkpoints import save_bits
 from diloco.codec import CodecConfig, build_codec
 from diloco.fragments import Fragment, Slot
+from elastic import probing
 from elastic.exchange import Exchanger
 from elastic.memory import Pipe
 from elastic.node import Identity, Node
@@ -58,6 +59,7 @@ def main(pipe: Pipe) -> None:
         averaging.warm(codec.error_feedback)  # if it cannot be, the rank says so: it compiles the same
     node = Node(setup.host, security=Security(**setup.security))
     node.identity = identity = Identity(**setup.identity)
+    probing.serve(node, setup.congestion)
     exchanger = Exchanger(node, averaging, identity.rank, setup.stall, setup.streams, setup.congestion)
     if setup.store:
         exchanger.keep = partial(save_bits, Store(setup.store), identity.run)

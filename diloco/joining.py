@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -28,8 +27,8 @@ from diloco.restoring import restore
 from diloco.saving import Saver
 from diloco.starting import check_start, start
 from diloco.trainer import Links, Trainer
-from elastic import recovery
-from elastic.addresses import host_port, is_local
+from elastic import probing, recovery
+from elastic.addresses import own_host
 from elastic.coordinator import Coordinator
 from elastic.lighthouse import LighthouseError, Membership, find_or_serve, reach
 from elastic.memory import Pipe
@@ -248,6 +247,7 @@ def _connect(trainer: Trainer, store: Store, stack: ExitStack, exchanges: Pipe) 
     exchanger = Exchange(exchanges, partial(_lost, member))
     stack.callback(exchanger.close)
     recovery.serve(node, partial(serve_blocks, trainer), cfg.elastic.congestion)
+    probing.serve(node, cfg.elastic.congestion)
     if region.rank != 0:
         follow(node, exchanger)
     checkpoints = _checkpoints(trainer, store, state.run)
@@ -287,14 +287,7 @@ def _lost(member: str) -> NoReturn:
 
 
 def _host(cfg: Config) -> str:
-    if cfg.elastic.host:
-        return cfg.elastic.host
-    host, port = host_port(cfg.elastic.lighthouse)
-    if is_local(host):
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing; tells which of our addresses leads there
-        return str(probe.getsockname()[0])
+    return own_host(cfg.elastic.host, cfg.elastic.lighthouse)
 
 
 def _published(trainer: Trainer) -> str:

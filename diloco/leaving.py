@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Signals:
-    """SIGTERM, and Ctrl-C once the region is a member: it leaves before the next inner step; a second one exits at once. Rank 0
+    """SIGTERM, and Ctrl-C once the region is a member: it leaves before the next inner step. A further Ctrl-C exits at once; a
+    further SIGTERM changes nothing, for Slurm sends it to every process of a job, and torchrun passes its own on. Rank 0
     decides: where others hear it first, or alone, they go on until it ends. They are heard by a thread of its own: Python runs
     handlers in the main thread, which may be inside a call that does not end."""
 
@@ -72,9 +73,11 @@ class Signals:
             _say(f"{reason} before this region was a member")
             os._exit(0)  # not an error: torchrun would start it again. Not sys.exit: see diloco.train.leave
         if control.leaving:
-            os._exit(128 + number)  # nothing may delay it
+            if number == signal.SIGINT:
+                os._exit(128 + number)  # nothing may delay it
+            return
         control.leaving = reason
-        _say(f"{control.member}: {reason}, does so after this step; a second time exits at once")
+        _say(f"{control.member}: {reason}, does so after this step; Ctrl-C exits at once")
 
     def _control(self) -> Control | None:
         links = getattr(self.trainer, "links", None)  # not there before it is connected

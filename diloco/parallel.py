@@ -111,8 +111,8 @@ def on_rank_0(region: Region, action: Callable[[], Any]) -> Any:
     return said["value"]
 
 
-def validate(cfg: ParallelConfig, world: int) -> None:
-    """Raises ConfigError for what cannot run with `world` ranks on this machine; opens nothing."""
+def validate_mesh(cfg: ParallelConfig, world: int) -> None:
+    """Raises ConfigError for what cannot run with `world` ranks anywhere."""
     if cfg.tp < 1 or world % cfg.tp:
         fix = "set parallel.tp to a divisor, or torchrun's --nproc-per-node to a multiple"
         raise ConfigError(f"parallel.tp={cfg.tp} does not divide this region's {world} rank(s): {fix}")
@@ -121,6 +121,11 @@ def validate(cfg: ParallelConfig, world: int) -> None:
             raise ConfigError(f"parallel.{key}={getattr(cfg, key)} is not one of {known}: set it to one")
     if not cfg.timeout > 0:
         raise ConfigError(f"parallel.timeout={cfg.timeout} is not a time in seconds: set it above 0")
+
+
+def validate(cfg: ParallelConfig, world: int) -> None:
+    """Raises ConfigError for what cannot run with `world` ranks on this machine; opens nothing."""
+    validate_mesh(cfg, world)
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if _device_type(cfg) == "cuda" and ranks > gpus:
         fix = "set parallel.device=cpu, or lower torchrun's --nproc-per-node"

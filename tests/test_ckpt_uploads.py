@@ -200,3 +200,17 @@ def test_parts_that_are_none_are_made_up_for(tmp_path: Path) -> None:
     assert [o["kind"] for o in rank.outcomes()] == ["stored"]
     check(str(tmp_path), state)
     shutil.rmtree(tmp_path / AT)
+
+
+def test_members_that_wait_for_each_other_at_different_attempts(tmp_path: Path) -> None:
+    """Each has skipped what the other one is at: that is seen, and not waited out."""
+    members, state = ["eu_1", "us_2"], planes()
+    eu, us = (Rank(str(tmp_path), member, state) for member in members)
+    eu.save(eu.attempt("c/2", members, 0, patience=300))
+    until(lambda: list(tmp_path.glob("c/2/parts/eu_1-*")))
+    us.save(us.attempt("c/1", members, 1, patience=300))
+    assert [each["kind"] for each in us.outcomes()] == ["stored"] and stored(tmp_path, "c/1")
+    us.save(us.attempt("c/3", members, 1, patience=300))
+    assert [each["kind"] for each in eu.outcomes()] == ["stored"] and stored(tmp_path, "c/2")
+    eu.save(eu.attempt("c/3", members, 0, patience=300))
+    assert [each["kind"] for rank in (eu, us) for each in rank.outcomes()] == ["stored"] * 2 and stored(tmp_path, "c/3")

@@ -174,7 +174,7 @@ def test_damage_is_fetched_again_or_named(
             assert (open_(url, tmp_path / str(k)).batch([0]) == near.batch([0])).all()
         assert rule.hits == 1
     sentence = (
-        r"/train-0000\d\.tokens is damaged: its bytes \[\d+, \d+\) do not have the sha256 of the index: copy it again"
+        r"/train-0000\d\.tokens is damaged: its bytes \[\d+, \d+\) do not have the digests of the index: copy it again"
     )
     with proxy.fault(Rule("flip", "GET", name, at=77)), pytest.raises(DamagedShard, match=sentence):
         open_(url, tmp_path / "flip").batch([0])

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
+
 from ckpt.store import MissingError, StoreError
 from diloco.corpus.folder import CHUNK, store_of
 
@@ -92,7 +94,7 @@ class Cache:
             status = os.fstat(file)
             identity = status.st_ino, status.st_size
             if self._checked.get((shard.name, chunk)) != identity:
-                if hashlib.sha256(os.pread(file, CHUNK, 0)).digest() != self._digest(shard, chunk):
+                if blake3(os.pread(file, CHUNK, 0)).digest() != self._digest(shard, chunk):
                     print(f"data: {path} is damaged on this disk: fetching it again", flush=True)
                     Path(path).unlink(missing_ok=True)
                     return None
@@ -145,7 +147,7 @@ class Cache:
         return self._sums[shard.name][DIGEST * chunk : DIGEST * (chunk + 1)]
 
     def _fetch(self, key: str, start: int, stop: int, digests: Sequence[bytes]) -> bytes:
-        """Bytes of an object whose chunks have these sha256s; of one digest, all are one chunk. Raises OSError: what is wrong
+        """Bytes of an object whose chunks have these digests; of one digest, all are one chunk. Raises OSError: what is wrong
         with it, or that its store stayed away."""
         begin, delay, damaged = time.monotonic(), RETRY_SECONDS[0], 0
         while True:
@@ -157,7 +159,7 @@ class Cache:
                 damaged += 1
                 if damaged == DAMAGED_TRIES:
                     raise DamagedShard(
-                        f"{self.url}/{key} is damaged: its bytes [{start}, {stop}) do not have the sha256 of the index: copy it "
+                        f"{self.url}/{key} is damaged: its bytes [{start}, {stop}) do not have the digests of the index: copy it "
                         "again from where it was prepared"
                     )
             except MissingError as error:
@@ -217,7 +219,7 @@ def _files(root: Path) -> Iterator[tuple[float, int, str]]:
 def _has(data: bytes, digests: Sequence[bytes]) -> bool:
     size = CHUNK if len(digests) > 1 else len(data)
     parts = (memoryview(data)[k * size : (k + 1) * size] for k in range(len(digests)))
-    return all(hashlib.sha256(part).digest() == digest for part, digest in zip(parts, digests, strict=True))
+    return all(blake3(part).digest() == digest for part, digest in zip(parts, digests, strict=True))
 
 
 def hash_of(name: str) -> int:

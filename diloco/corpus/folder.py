@@ -2,7 +2,7 @@
 
 index.json          counts, checksums and the tokenizer, of all shards
 train-00000.tokens  ids one after the other, little-endian uint8, uint16 or uint32 (`dtype`)
-train-00000.sums    sha256 of each MiB of these, 32 bytes each: what a reader of a part checks it by
+train-00000.sums    BLAKE3 of each MiB of these, 32 bytes each: what a reader of a part checks it by
 train-00000.ends    where each document ends, in tokens of its shard: uint64, ascending
 heldout-…           the same of documents that are never trained on
 tokenizer.json …    the tokenizer's own files
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from blake3 import blake3
 
 from ckpt.store import MissingError, Store, StoreError
 from diloco.errors import ConfigError
@@ -163,11 +164,11 @@ class Hash(Protocol):
 
 
 class ChunkSums:
-    """sha256 of the sha256s of a file's chunks. `sums`: these, 32 bytes for each chunk, once `hexdigest` was asked."""
+    """sha256 of the BLAKE3s of a file's chunks. `sums`: these, 32 bytes for each chunk, once `hexdigest` was asked."""
 
     def __init__(self) -> None:
         self.sums = b""
-        self._open, self._room = hashlib.sha256(), CHUNK
+        self._open, self._room = blake3(), CHUNK
 
     def update(self, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
@@ -185,7 +186,7 @@ class ChunkSums:
 
     def _close(self) -> None:
         self.sums += self._open.digest()
-        self._open, self._room = hashlib.sha256(), CHUNK
+        self._open, self._room = blake3(), CHUNK
 
 
 def write_whole(path: Path, data: bytes) -> None:

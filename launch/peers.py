@@ -1,0 +1,136 @@
+"""How doctors find each other, and the members of a live run: by the run's store, which all regions reach anyway. The lighthouse
+is not asked: whoever knocks there counts among those whose absence delays a quorum."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt.store import Store
+from diloco.config import Config
+from diloco.exchanging import published
+from diloco.fold import State, canonical
+from elastic import probing
+from elastic.addresses import own_host
+from elastic.node import Identity, Node
+from elastic.security import Security, region_of
+from launch.checks import FAIL, OK, Finding, clock
+
+FOLDER = "doctor"
+STALE = 600.0
+"""Seconds after which who has not taken its entry away is dead."""
+LINGER, BRIEFLY = 20.0, 5.0
+"""Seconds that a doctor stays for others to measure the way to it: for those that it has reached, and for others."""
+POLL = 0.5
+
+
+@dataclass(frozen=True)
+class Peer:
+    member: str
+    endpoints: tuple[str, ...]
+    """Of its ranks, and of their exchanges; empty strings if they cannot be dialled."""
+    facts: Mapping[str, Any]
+    """What a doctor says of its machine; nothing of a member of a live run."""
+
+
+class Meeting:
+    """This doctor's entry in the store, and its port. Raises OSError."""
+
+    def __init__(self, cfg: Config, store: Store, security: Security, state: State | None, facts: Mapping[str, Any]):
+        self.cfg, self.store, self.state = cfg, store, state
+        self.member = f"{cfg.region.name}_{secrets.randbelow(10**9)}"
+        self.reached = set[str]()
+        """Members that this doctor has measured the way to."""
+        self._left = set[str]()
+        self._changed = threading.Condition()
+        self.node = Node(own_host(cfg.elastic.host, cfg.elastic.lighthouse), security=security)
+        run, fingerprint = (state.run, dict(state.fingerprint)) if state else ("doctor", {})
+        self.node.identity = Identity(run, canonical(fingerprint).decode(), self.member)
+        probing.serve(self.node, cfg.elastic.congestion, self._leave)
+        try:
+            self.endpoint = published(self.node, cfg.elastic.gateway, cfg.elastic.dial_only, f"{self.member}.0")
+            entry = {"member": self.member, "endpoint": self.endpoint, "facts": dict(facts)}
+            store.write(self._key, json.dumps(entry).encode())
+        except BaseException:
+            self.node.close()
+            raise
+
+    @property
+    def _key(self) -> str:
+        return f"{FOLDER}/{self.member}.json"
+
+    def _leave(self, member: str) -> None:
+        with self._changed:
+            self._left.add(member)
+            self._changed.notify_all()
+
+    def find(self, count: int, seconds: float) -> list[Peer]:
+        """Those of the run that are there, once there are `count`, or after some seconds."""
+        until = time.monotonic() + seconds
+        while True:
+            found = self._look()
+            if len({region_of(peer.member) for peer in found}) >= count or time.monotonic() > until:
+                return found
+            time.sleep(POLL)
+
+    def _look(self) -> list[Peer]:
+        living = [] if self.state is None else list(self.state.members.values())
+        found = [Peer(m.id, (*m.endpoints, *m.data), {}) for m in living if m.region != self.cfg.region.name]
+        for key, age in self.store.ages(FOLDER).items():
+            if key == self._key or age > STALE:
+                continue
+            try:
+                said = json.loads(self.store.read(key))
+            except FileNotFoundError:
+                continue  # it is gone
+            found.append(Peer(said["member"], (said["endpoint"],), said["facts"]))
+        return found
+
+    def close(self, peers: Sequence[Peer]) -> None:
+        """Stays until the doctors among them have measured the way here."""
+        doctors = {peer.member for peer in peers if peer.facts and self.endpoint}
+        with self._changed:
+            self._changed.wait_for(lambda: doctors <= self._left, BRIEFLY)
+            self._changed.wait_for(lambda: doctors & self.reached <= self._left, LINGER - BRIEFLY)
+        self.store.delete(self._key)
+        self.node.close()
+
+
+def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:
+    """The way to a peer: its first port is measured, the others are dialled. seconds: of a flood."""
+    name, elastic = f"peer {region_of(peer.member)}", meeting.cfg.elastic
+    if not all(peer.endpoints):
+        if meeting.endpoint:
+            return [Finding(name, OK, "only dials out: it measures the way here")]
+        return [
+            Finding(
+                name, FAIL, "neither can be dialled", "set elastic.gateway, or elastic.dial_only=false, in one of them"
+            )
+        ]
+    ports = ", ".join(peer.endpoints)
+    try:
+        way = probing.measure(meeting.node, peer.endpoints[0], meeting.endpoint, seconds, elastic.congestion)
+        for endpoint in peer.endpoints[1:]:
+            meeting.node.release(meeting.node.dial(endpoint, "probe", probing.SILENCE)[0])
+    except OSError as error:
+        remedy = (
+            "open the way from here to there, all ports (or elastic.gateway), and use the same certificates or secret"
+        )
+        return [Finding(name, FAIL, f"{peer.member} at {ports}: {error}", remedy)]
+    meeting.reached.add(peer.member)
+    found = (
+        f"round trip {1000 * way.rtt:.1f} ms, {way.up * 8e-6:,.0f} Mbit/s up, {way.down * 8e-6:,.0f} Mbit/s down, "
+        f"{'ports open both ways' if way.back == '' else 'its ports are open'}"
+    )
+    values = {"member": peer.member, "rtt": way.rtt, "up": way.up, "down": way.down}
+    findings = [Finding(name, OK, found, values=values), clock(f"{region_of(peer.member)}'s", way.clock)]
+    if way.back:
+        here = meeting.endpoint.partition(":")[0]
+        remedy = f"open all ports of {here} for it, or set elastic.gateway or elastic.dial_only=true"
+        findings.append(Finding(name, FAIL, f"it cannot dial {meeting.endpoint}: {way.back}", remedy))
+    return findings
