@@ -12,9 +12,10 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -122,7 +123,7 @@ class Cache:
             first, last = missing[0], missing[-1] + 1
             begin, end = first * CHUNK, min(last * CHUNK, shard.size)
             digests = [self._digest(shard, chunk) for chunk in range(first, last)]
-            data = memoryview(self._fetch(f"{shard.name}.tokens", begin, end, digests))
+            data = memoryview(self._fetch(f"{shard.name}.tokens", begin, end, partial(_has, digests)))
             for chunk in missing:
                 self._place(shard, chunk, data[(chunk - first) * CHUNK : (chunk - first + 1) * CHUNK])
         self._unseen += len(data)
@@ -143,17 +144,18 @@ class Cache:
     def _digest(self, shard: Shard, chunk: int) -> bytes:
         if shard.name not in self._sums:
             length = DIGEST * -(-shard.size // CHUNK)
-            self._sums[shard.name] = self._fetch(f"{shard.name}.sums", 0, length, [bytes.fromhex(shard.checksum)])
+            self._sums[shard.name] = self._fetch(
+                f"{shard.name}.sums", 0, length, lambda data: hashlib.sha256(data).hexdigest() == shard.checksum
+            )
         return self._sums[shard.name][DIGEST * chunk : DIGEST * (chunk + 1)]
 
-    def _fetch(self, key: str, start: int, stop: int, digests: Sequence[bytes]) -> bytes:
-        """Bytes of an object whose chunks have these digests; of one digest, all are one chunk. Raises OSError: what is wrong
-        with it, or that its store stayed away."""
+    def _fetch(self, key: str, start: int, stop: int, right: Callable[[bytes], bool]) -> bytes:
+        """Bytes of an object. Raises OSError: that they are not right, or that its store stayed away."""
         begin, delay, damaged = time.monotonic(), RETRY_SECONDS[0], 0
         while True:
             try:
                 data = store_of(self.url).read(key, start, stop)
-                if len(data) == stop - start and _has(data, digests):
+                if len(data) == stop - start and right(data):
                     _outage.ended(self.url)
                     return data
                 damaged += 1
@@ -216,9 +218,8 @@ def _files(root: Path) -> Iterator[tuple[float, int, str]]:
                     yield status.st_mtime, status.st_size, file.path
 
 
-def _has(data: bytes, digests: Sequence[bytes]) -> bool:
-    size = CHUNK if len(digests) > 1 else len(data)
-    parts = (memoryview(data)[k * size : (k + 1) * size] for k in range(len(digests)))
+def _has(digests: Sequence[bytes], data: bytes) -> bool:
+    parts = (memoryview(data)[k * CHUNK : (k + 1) * CHUNK] for k in range(len(digests)))
     return all(blake3(part).digest() == digest for part, digest in zip(parts, digests, strict=True))
 
 
