@@ -26,6 +26,7 @@ from diloco.journal import Journal, entries_of
 from diloco.lineage import belongs, on_path, path_of, rounds_after
 from diloco.parallel import Region, on_rank_0
 from diloco.planes import Planes
+from diloco.settings import JournalError
 from diloco.shards import Select, Shards
 from diloco.slices import load_slices, spans
 
@@ -232,9 +233,9 @@ def _bits_root(run: str) -> str:
     return f"rounds/{run}"
 
 
-def go_back(member: str, checkpoints: Checkpoints, journal: Journal, reason: str, why: str) -> None:
-    """Appends a `rewind` to the newest checkpoint, for this reason: lost or damaged; unless another entry is first. why: the
-    rest of a sentence. Raises ConfigError if there is no whole checkpoint. Rank 0."""
+def go_back(member: str, checkpoints: Checkpoints, journal: Journal, reason: str, why: str) -> bool:
+    """Appends a `rewind` to the newest checkpoint, for this reason: lost or damaged. why: the rest of a sentence. False: another
+    entry was first. Raises ConfigError if there is no whole checkpoint. Rank 0."""
     assert journal.state is not None
     entries = entries_of(journal.store, journal.state.seq)
     if (manifest := checkpoints.newest_whole(checkpoints.candidates(), entries)) is None:
@@ -245,7 +246,7 @@ def go_back(member: str, checkpoints: Checkpoints, journal: Journal, reason: str
         f"entry {manifest['seq']}",
         flush=True,
     )
-    journal.append(rewind_to(manifest, reason))
+    return journal.append(rewind_to(manifest, reason))
 
 
 def without_bits(seq: int) -> str:
@@ -263,11 +264,19 @@ def reload(member: str, checkpoints: Checkpoints, state: State, planes: Planes) 
 
 
 def _go_further_back(member: str, checkpoints: Checkpoints, state: State) -> None:
-    """Unless somebody else has."""
-    journal = Journal(checkpoints.store)
-    journal.read()
-    if journal.state is not None and journal.state.epoch == state.epoch and journal.state.stopped is None:
-        go_back(member, checkpoints, journal, "damaged", f"checkpoint {state.checkpoint} is damaged")
+    """Unless somebody else has. Raises JournalError if others could read it and have gone on."""
+    journal, over = Journal(checkpoints.store), False
+    while not over:
+        journal.read()
+        now = journal.state
+        assert now is not None
+        if now.epoch != state.epoch or now.stopped is not None:
+            return
+        if any(fragment.base > now.epoch for fragment in now.fragments):
+            raise JournalError(
+                f"{state.checkpoint} is damaged as this region reads it, and others have gone on: start it again"
+            )
+        over = go_back(member, checkpoints, journal, "damaged", f"checkpoint {state.checkpoint} is damaged")
 
 
 def rewind_to(manifest: dict[str, Any], reason: str, skip_data: bool = False) -> dict[str, Any]:

@@ -63,12 +63,16 @@ def _bits(state: State, entry: Entry) -> str | None:
 
 
 def _rewind(state: State, entry: Entry) -> str | None:
-    """By hand at any time; else because bits are lost, and then only right after the entry that says so: whoever has them has
-    had its time to answer, and nothing has come between."""
+    """By hand at any time. Because bits are lost only right after the entry that says so: whoever has them has had its time to
+    answer, and nothing has come between. Because the checkpoint of the rewind before is damaged only until a round was
+    committed on it."""
     if type(entry.get("skip_data", False)) is not bool:
         return "skip_data is true or false"
     if entry["reason"] == "by hand" or (entry["reason"] == "lost" and state.seq in state.lost.values()):
         return None
+    if entry["reason"] == "damaged":
+        gone_on = state.epoch == 0 or any(fragment.base > state.epoch for fragment in state.fragments)
+        return "the run goes on from its checkpoint" if gone_on else None
     return "nobody has just said that bits are lost"
 
 

@@ -52,6 +52,22 @@ def test_a_rewind_for_lost_bits_follows_right_on_the_word() -> None:
     log.add(rewinding(log, start, 2, reason="by hand"))
 
 
+def test_a_damaged_checkpoint_is_left_as_long_as_nothing_was_built_on_it() -> None:
+    log, start = with_a_round()
+    log.refuses(rewinding(log, start, 2, reason="damaged"), "the run goes on")
+    log.add(rewinding(log, start, 2, reason="by hand"))
+    assert log.add(rewinding(log, start, 1, reason="damaged")).epoch == 5, "and so is the one before"
+    log.add(rewinding(log, start, 2, reason="damaged"))
+    leases = {m.region: m.leases[0].id for m in log.state.members.values()}
+    log.add(
+        log.round(
+            answer("eu_1", (leases["eu"], 8)),
+            answer("us_1", (leases["us"], log.state.members["us_1"].leases[0].start + 8)),
+        )
+    )
+    log.refuses(rewinding(log, start, 2, reason="damaged"), "the run goes on")
+
+
 def test_have_answers_lost() -> None:
     log, start = with_a_round()
     log.refuses(saying("have", 3), "nobody has lost round 3")

@@ -15,7 +15,7 @@ import pytest
 from ckpt.store import Store
 from diloco.journal import Journal, main, say
 from diloco.lineage import origin
-from tests.e2e.cluster import Cluster, RegionProcess
+from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess
 from tests.e2e.test_by_hand import ENDLESS, digests, entries, regions_of, wait_for_rounds
 
 Desk = Callable[..., tuple[int, str]]
@@ -94,6 +94,38 @@ def test_a_live_run_obeys_and_its_journal_proves_it(cluster: Cluster, desk: Desk
     ), said
     code, said = desk("set", "outer.lr=0.1")
     assert code == 2 and "the run has stopped (that will do)" in said
+
+
+def test_a_rewind_to_a_damaged_checkpoint_goes_further_back(
+    cluster: Cluster, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The desk refuses it; if the damage comes after the order, the regions find it, and agree on the checkpoint before."""
+    for name in ("eu", "us"):
+        cluster.start(name, *ENDLESS, SLOW_STEPS, "elastic.start_regions=2", "ckpt.keep=9")
+
+    def saved() -> list[int]:
+        found = (cluster.run / "store").glob(f"checkpoints/{state_of(cluster).run}/*/manifest.json")
+        return sorted(int(path.parent.name) for path in found)
+
+    cluster.until(lambda: cluster.rounds() > 2 and len(saved()) > 3)
+    *_, before, damaged = saved()
+    shard = next((cluster.run / "store").glob(f"checkpoints/*/{damaged}/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    code, said = desk("rewind", str(damaged))
+    assert code == 2 and f"SEQ={damaged} cannot be gone back to" in said
+    monkeypatch.setattr("diloco.steer.verify", lambda *_: None)
+    assert desk("rewind", str(damaged))[0] == 0
+    cluster.until(lambda: len(entries(cluster, "rewind")) > 1, 60)
+    first, second = entries(cluster, "rewind")[:2]
+    assert origin(first["checkpoint"]) == damaged and first["reason"] == "by hand"
+    assert origin(second["checkpoint"]) == before and second["reason"] == "damaged"
+    wait_for_rounds(cluster, ["eu", "us"])
+    assert desk("stop")[0] == 0
+    cluster.finish()
+    assert digests(cluster, "eu") == digests(cluster, "us") and len(entries(cluster, "rewind")) == 2
+    assert len(entries(cluster, "join")) == 2, "nobody had to come again"
 
 
 def test_an_expelled_region_goes_and_stays_out(cluster: Cluster, desk: Desk) -> None:
