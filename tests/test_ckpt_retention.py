@@ -22,6 +22,7 @@ from ckpt.reading import Reader, newest, numbered
 from ckpt.retention import TOMBSTONE, Rules, collect, pin, unpin
 from ckpt.store import Store
 from ckpt.tool import main
+from tests.s3_server import BUCKET
 
 ROOT = "checkpoints/run"
 LONG = 3600.0
@@ -170,9 +171,15 @@ def test_a_pin_and_a_collection_at_once(store: Store, monkeypatch: pytest.Monkey
     assert retention.pinned(store) == set()
 
 
-def test_collections_race_with_each_other_and_with_readers(store: Store) -> None:
+@pytest.mark.parametrize("place", ["directory", "s3"])
+def test_collections_race_with_each_other_and_with_readers(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """A reader that takes the newest always finds it whole, and one that holds an old manifest reads right values or is told;
     whoever collects."""
+    if place == "s3":
+        request.getfixturevalue("server")
+    store = Store(f"s3://{BUCKET}/{tmp_path.name}" if place == "s3" else str(tmp_path))
     rules, stop, failures = Rules(1, 0, 1.0), threading.Event(), list[BaseException]()
     commit(store, 0)
     commit(store, 1)
