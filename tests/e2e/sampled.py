@@ -7,14 +7,34 @@ contribution. Lines of a later life of the region overrule those of the same ste
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from diloco import train, trainer
 from diloco.control import Order
+from diloco.reading import Reader
+
+
+class Noted:
+    """A reader of which somebody hears what is taken. A copy, which only looks ahead, is a plain one."""
+
+    def __init__(self, reader: Reader, note: Callable[[list[int]], None]) -> None:
+        self._reader, self._note = reader, note
+
+    def take(self, count: int) -> list[int]:
+        ids = self._reader.take(count)
+        self._note(ids)
+        return ids
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
+        return copy.deepcopy(self._reader, memo)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
 
 
 class Sampled(trainer.Trainer):
@@ -30,14 +50,12 @@ class Sampled(trainer.Trainer):
         return directory
 
     def _record_samples(self) -> None:
-        take, self._file = self.reader.take, (self._directory / "samples.jsonl").open("a", buffering=1)
+        self._file = (self._directory / "samples.jsonl").open("a", buffering=1)
 
-        def recorded_take(count: int) -> list[int]:
-            ids = take(count)
+        def note(ids: list[int]) -> None:
             self._file.write(json.dumps([self.clock.steps + 1, ids]) + "\n")
-            return ids
 
-        self.reader.take = recorded_take  # type: ignore[method-assign]
+        self.reader = Noted(self.reader, note)  # type: ignore[assignment]
 
     def contribute(self, fragment: int, epoch: int, base: int) -> None:
         steps = self.clock.work[fragment][0]
