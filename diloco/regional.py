@@ -40,7 +40,8 @@ class Own:
     @property
     def digest(self) -> str:
         """Of what its sample indices mean: the data, how it is cut, and the order."""
-        facts = [self.samples.source.digest, self.samples.seq_len, self.samples.train_windows, self.samples.seed]
+        of = self.samples
+        facts = [of.source.digest, of.seq_len, of.train_windows, of.seed, of.shuffle]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -53,6 +53,7 @@ def test_the_digest_is_of_all_that_an_index_means() -> None:
         build(own(0, "a", 1), name="us")[0].digest,
         build(own(0, "a", 1), seq_len=8)[0].digest,
         build(own(0, "a", 1, holdout=0.1))[0].digest,
+        build(own(0, "a", 1, shuffle=40))[0].digest,
     ]
     assert len(set(digests)) == len(digests) and build(own(0, "a", 0.5))[0].digest == digests[0]
 
