@@ -125,6 +125,7 @@ class Trainer:
             "fragments": len(self.fragments),
             "codec": self.cfg.codec.name,
             "data": self.dataset.source.digest[:16],
+            "windows": self.dataset.train_windows,
             "mixture": self.dataset.mixture,
             "shuffle": self.dataset.shuffle,
             "seq_len": self.cfg.inner.seq_len,
