@@ -61,6 +61,15 @@ class DataConfig:
     """Later weights: {tokens: when, of all regions; weights: one for each source}."""
 
 
+def check_cache(cfg: DataConfig, least: int) -> None:
+    """least: bytes that the cache needs. Raises ConfigError."""
+    if cfg.cache_bytes < least:
+        raise ConfigError(
+            f"data.cache_bytes={cfg.cache_bytes} does not hold twice the tokens of data.shuffle={cfg.shuffle}: set it to {least} "
+            "or more, or data.shuffle to less in all regions"
+        )
+
+
 class Tokens(Protocol):
     """A long 1-D array of token ids that need not be in memory."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diloco.data import DataConfig, Dataset, TokenSource, build_source
+from diloco.data import DataConfig, Dataset, TokenSource, build_source, check_cache
 from diloco.errors import ConfigError
 from diloco.mixture import Mixture, Schedule
 from diloco.shuffle import splitmix
@@ -87,12 +87,7 @@ def _check_room(cfg: DataConfig, parts: Sequence[Dataset]) -> None:
         raise ConfigError(
             f"data.shuffle={cfg.shuffle} is no number of tokens: set it to 0 (all), or more, in all regions"
         )
-    least = sum(getattr(part.source, "room", 0) for part in parts)
-    if cfg.cache_bytes < least:
-        raise ConfigError(
-            f"data.cache_bytes={cfg.cache_bytes} does not hold twice the tokens of data.shuffle={cfg.shuffle}: set it to {least} "
-            "or more, or data.shuffle to less in all regions"
-        )
+    check_cache(cfg, sum(getattr(part.source, "room", 0) for part in parts))
 
 
 def build_part(cfg: DataConfig, where: str, part: Any, seq_len: int, seed: int) -> Dataset:

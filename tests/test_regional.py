@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
+from diloco.evaluate import build_eval_sets
 from diloco.mixing import build_samples
 from diloco.reading import SOURCE
 from diloco.regional import Regional, RegionConfig, build_own, shares_of
+from tests.corpora import write_folder
 from tests.test_mixture import of_source
 
 SEQ_LEN = 4
@@ -56,6 +60,19 @@ def test_the_digest_is_of_all_that_an_index_means() -> None:
         build(own(0, "a", 1, shuffle=40))[0].digest,
     ]
     assert len(set(digests)) == len(digests) and build(own(0, "a", 0.5))[0].digest == digests[0]
+
+
+def test_what_is_streamed_has_room_in_the_cache(tmp_path: Path) -> None:
+    """Of a part's own cache_bytes, of own sources and of evaluation sets."""
+    url = f"file://{write_folder(tmp_path / 'out', {'train': [np.arange(41, dtype='u1')]}, 2)}"
+    small = {"source": "diloco.corpus.source.prepared", "path": url, "cache": str(tmp_path), "cache_bytes": 5}
+    words = r"\[0\]: data\.cache_bytes=5 does not hold .* set it to \d+ or more"
+    with pytest.raises(ConfigError, match=rf"^region\.sources{words}"):
+        build({"name": "a", "weight": 1, **small})
+    with pytest.raises(ConfigError, match=rf"^data\.sources{words}"):
+        build_samples(DataConfig(holdout=0.0, sources=[{"weight": 1, **small}]), SEQ_LEN, 0)
+    with pytest.raises(ConfigError, match=rf"^run\.eval_sets{words}"):
+        build_eval_sets(DATA, [{"name": "a", **small}], build_samples(DATA, SEQ_LEN, 0), SEQ_LEN)
 
 
 @pytest.mark.parametrize(
