@@ -24,7 +24,7 @@ def write_folder(
         name: Split.of([_shard(folder / f"{name}-{k:05d}", array, bytes_per_token) for k, array in enumerate(arrays)])
         for name, arrays in shards.items()
     }
-    dtype = shards[SPLITS[0]][0].dtype.str
+    dtype = shards[SPLITS[0]][0].dtype.str.replace("|", "<")
     (folder / "index.json").write_bytes(Index(dtype, vocab, None, {}, 0.0, 0, 0, **splits).encode())
     return folder
 
