@@ -166,7 +166,10 @@ class FileTokens(Joined):
 
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
         """Raises OSError if the file is not as long as it was."""
-        data = _mapped(self.paths[file], self.dtype.str)
+        try:
+            data = _mapped(self.paths[file], self.dtype.str)
+        except ValueError as error:  # it is empty, or ends inside of a token
+            raise OSError(f"{self.paths[file]} is not {size:,} tokens, as it was: copy it again") from error
         if len(data) != size:
             raise OSError(f"{self.paths[file]} has {len(data):,} tokens, and had {size:,}: copy it again")
         return data[start:stop]
