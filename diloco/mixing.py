@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from diloco.data import DataConfig, Dataset, TokenSource, build_source, check_ca
 from diloco.errors import ConfigError
 from diloco.mixture import Mixture, Schedule
 from diloco.shuffle import splitmix
+from diloco.typed import convert
 
 
 class Facts(Protocol):
@@ -102,10 +103,12 @@ def build_part(cfg: DataConfig, where: str, part: Any, seq_len: int, seed: int) 
 
 def source_of(cfg: DataConfig, key: str, own: Mapping[Any, Any]) -> tuple[DataConfig, TokenSource]:
     """`cfg` with some keys of its own, and what they name. Raises ConfigError naming `key`."""
-    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
+    hints = get_type_hints(DataConfig)
+    known = hints.keys() - {"sources", "phases"}
     if unknown := sorted(map(str, own.keys() - known)):
         raise ConfigError(f"{key}.{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}")
-    one = replace(cfg, sources=[], phases=[], **own)
+    typed = {name: convert(value, hints[name], f"{key}.{name}") for name, value in own.items()}
+    one = replace(cfg, sources=[], phases=[], **typed)
     with naming(key):
         return one, build_source(one)
 
