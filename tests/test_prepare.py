@@ -282,7 +282,9 @@ def test_a_killed_preparation_goes_on(corpus: Path, tokenizer: Path, tmp_path: P
     assert not list((out / "parts").glob("*.json"))
 
 
-def test_damage_stops_or_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_stops_or_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.jsonl").write_bytes(DAMAGED + b'\n{"text": ""}\n')
     out = tmp_path / "out"
     assert run("prepare", tmp_path / "x.jsonl", out, "--holdout", 0) == 2
@@ -291,6 +293,10 @@ def test_damage_stops_or_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
         f"{tmp_path / 'x.jsonl'}:3: not valid UTF-8" in error and "--on-error skip" in error and error.count("\n") == 1
     )
     assert not (out / "index.json").exists()
+    with monkeypatch.context() as newer:
+        newer.setattr(preparing, "FORMAT", "diloco tokens 3")
+        assert run("prepare", tmp_path / "x.jsonl", out, "--holdout", 0, "--on-error", "skip") == 2
+        assert "by another version (plan.json has them)" in capsys.readouterr().err
     assert run("prepare", tmp_path / "x.jsonl", out, "--holdout", 0, "--on-error", "skip") == 0
     index = read_index(out, "OUT")
     assert (index.skipped, index.empty, texts_of(out, "train")) == (5, 1, [b"good", b"end"])
@@ -379,7 +385,9 @@ def test_an_index_is_checked_before_it_is_believed(tmp_path: Path, where: list[s
     values = json.loads((folder / "index.json").read_text())
     reduce(lambda found, key: found[key], where[:-1], values)[where[-1]] = value
     (folder / "index.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=r"^data\.path=.*/index\.json cannot be read \(.*\): prepare the folder anew$"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.path=.*/index\.json cannot be read \(.*\): prepare the folder anew$"
+    ):
         read_index(folder, "data.path")
 
 

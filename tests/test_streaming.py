@@ -277,6 +277,15 @@ def test_what_cannot_be_streamed_is_one_sentence(
         )
 
 
+def test_the_directory_that_is_written_to_is_the_one_that_is_checked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "diloco-shards").touch()
+    with pytest.raises(
+        ConfigError, match=r"^data\.cache=.* because of .*/diloco-shards: set it to a directory of yours$"
+    ):
+        open_(f"file://{folder}", tmp_path)
+
+
 def test_a_bucket_is_shown_and_verified_like_a_directory(
     url: str, proxy: Proxy, capsys: pytest.CaptureFixture[str]
 ) -> None:

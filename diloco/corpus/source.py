@@ -102,13 +102,13 @@ class CachedTokens(Joined):
 
 def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:
     """Raises ConfigError unless it may be written to."""
-    root = Path(cfg.cache).expanduser()
+    root = Path(cfg.cache).expanduser() / SHARDS
     nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
             f"data.cache={cfg.cache} cannot be written to, because of {nearest}: set it to a directory of yours"
         )
-    return Cache(url, root / SHARDS, index.digest[:16], cfg.cache_bytes, cfg.patience)
+    return Cache(url, root, index.digest[:16], cfg.cache_bytes, cfg.patience)
 
 
 def room_for(index: Index, shuffle: int) -> int:
