@@ -178,7 +178,7 @@ def validate(cfg: Config, world: int) -> None:
     _validate_network(cfg)
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
     sets = build_eval_sets(cfg.data, cfg.run.eval_sets, samples, cfg.inner.seq_len)
-    own = build_own(cfg.region, cfg.data, samples.source.vocab, cfg.inner.seq_len, cfg.run.seed)
+    own = build_own(cfg.region, cfg.data, samples.source, cfg.inner.seq_len, cfg.run.seed)
     loading.check(Regional(samples, own), cfg.data.workers)
     _validate_model(cfg, max(each.source.vocab for each in (samples, *sets.values())))
 

@@ -77,6 +77,8 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
     parts = [
         build_part(cfg, f"data.sources[{k}]", part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)
     ]
+    for k, part in enumerate(parts):
+        check_tokenizer(f"data.sources[{k}]", part.source, "data.sources", _first_index(parts))
     _check_room(cfg, parts)
     names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
     return Mixed(parts, names, _schedule(cfg, seq_len))
@@ -111,6 +113,30 @@ def source_of(cfg: DataConfig, key: str, own: Mapping[Any, Any]) -> tuple[DataCo
     one = replace(cfg, sources=[], phases=[], **typed)
     with naming(key):
         return one, build_source(one)
+
+
+def check_tokenizer(key: str, source: Facts, of: str, index: Any) -> None:
+    """Both prepared with one tokenizer, as far as they are prepared. of: the key of the other. Raises ConfigError."""
+    own = index_of(source)
+    if own is not None and index is not None and (own.tokenizer, own.end) != (index.tokenizer, index.end):
+        raise ConfigError(
+            f"{key} is of the tokenizer {_tokenizer(own)}, and {of} of {_tokenizer(index)}: prepare all with one "
+            "--tokenizer and --end"
+        )
+
+
+def index_of(source: Facts) -> Any:
+    """The diloco.corpus.folder.Index of a prepared folder, or of the first in a mixture; None: there is none."""
+    return getattr(source, "index", None)
+
+
+def _first_index(parts: Sequence[Dataset]) -> Any:
+    return next((index for part in parts if (index := index_of(part.source)) is not None), None)
+
+
+def _tokenizer(index: Any) -> str:
+    files = " ".join(f"{name}:{checksum[:8]}" for name, checksum in sorted(index.tokenizer.items()))
+    return f"{files or 'bytes'} with end {index.end}"
 
 
 @contextmanager
@@ -182,6 +208,8 @@ class MixedFacts:
     vocab: int
     bytes_per_token: float
     digest: str
+    index: Any
+    """See index_of."""
 
 
 class Mixed:
@@ -195,6 +223,7 @@ class Mixed:
             max(part.source.vocab for part in parts),
             sum(float(share) * size for share, size in weighed),
             _digest(parts, schedule),
+            _first_index(parts),
         )
         self.train_windows = sum(part.train_windows for part in parts)
         self._held = [s for s, part in enumerate(parts) if part.heldout_windows and shares[0][s]]

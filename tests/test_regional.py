@@ -35,7 +35,7 @@ def of_region(cfg: DataConfig) -> Any:
 
 
 def build(*sources: Any, seed: int = 0, seq_len: int = SEQ_LEN, name: str = "eu") -> Any:
-    return build_own(RegionConfig(name, list(sources)), DATA, 2, seq_len, seed)
+    return build_own(RegionConfig(name, list(sources)), DATA, build_samples(DATA, seq_len, 0).source, seq_len, seed)
 
 
 def test_ids_name_samples_of_data_and_of_each_source() -> None:
@@ -73,6 +73,25 @@ def test_what_is_streamed_has_room_in_the_cache(tmp_path: Path) -> None:
         build_samples(DataConfig(holdout=0.0, sources=[{"weight": 1, **small}]), SEQ_LEN, 0)
     with pytest.raises(ConfigError, match=rf"^run\.eval_sets{words}"):
         build_eval_sets(DATA, [{"name": "a", **small}], build_samples(DATA, SEQ_LEN, 0), SEQ_LEN)
+
+
+def test_all_is_of_one_tokenizer(tmp_path: Path) -> None:
+    """Own sources and data, and the parts of data; of the same vocabulary, and with what is not prepared among them."""
+    shards = {"train": [np.arange(41, dtype="u1")]}
+    folders = [write_folder(tmp_path / name, shards, 256, end=end) for name, end in (("a", 0), ("b", 0), ("c", None))]
+    parts = [
+        {"name": folder.name, "weight": 0.5, "source": "diloco.corpus.source.prepared", "path": str(folder)}
+        for folder in folders
+    ]
+    text = {"weight": 1, "source": "tests.test_mixture.of_source", "args": {"k": 254, "n": 401}}
+    alike = DataConfig(holdout=0.0, sources=[text, *parts[:2]])
+    data = build_samples(alike, SEQ_LEN, 0).source
+    words = r"is of the tokenizer bytes with end None, and data.* of bytes with end 0: prepare all with one"
+    with pytest.raises(ConfigError, match=rf"^data\.sources\[2\] {words}"):
+        build_samples(replace(alike, sources=[text, parts[0], parts[2]]), SEQ_LEN, 0)
+    with pytest.raises(ConfigError, match=rf"^region\.sources\[1\] \(c\) {words}"):
+        build_own(RegionConfig("eu", [parts[1], parts[2]]), alike, data, SEQ_LEN, 0)
+    assert len(build_own(RegionConfig("eu", parts[:2]), alike, data, SEQ_LEN, 0)) == 2
 
 
 @pytest.mark.parametrize(
