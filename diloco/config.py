@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
 from diloco.regional import Regional, RegionConfig, build_own
 from diloco.tracker import TrackerConfig
+from diloco.typed import convert
 from elastic.addresses import host_port, is_local
 from elastic.lighthouse import ElasticConfig
 from elastic.security import ENVIRONMENT, REGION_NAME, Security, SecurityError, choose
@@ -152,22 +152,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
                 )
             built[name] = _build(typing.cast(type, hints[name]), value, f"{key}.")
         else:
-            built[name] = _convert(value, hints[name], key)
+            built[name] = convert(value, hints[name], key)
     return cls(**built)
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    if (isinstance(value, bool) and hint is not bool) or not _fits(value, hint):
-        name = getattr(hint, "__name__", str(hint)) if not isinstance(hint, types.UnionType) else str(hint)
-        raise ConfigError(f"{key}={value!r} is not of the type {name}: set it to a value of that type")
-    return float(value) if hint is float else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    origin = typing.get_origin(hint) or hint
-    return isinstance(value, (int, float) if origin is float else origin)
 
 
 def load(path: str, key: str) -> Any:
@@ -192,7 +178,7 @@ def validate(cfg: Config, world: int) -> None:
     _validate_network(cfg)
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
     sets = build_eval_sets(cfg.data, cfg.run.eval_sets, samples, cfg.inner.seq_len)
-    own = build_own(cfg.region, cfg.data, samples.source.vocab, cfg.inner.seq_len, cfg.run.seed)
+    own = build_own(cfg.region, cfg.data, samples.source, cfg.inner.seq_len, cfg.run.seed)
     loading.check(Regional(samples, own), cfg.data.workers)
     _validate_model(cfg, max(each.source.vocab for each in (samples, *sets.values())))
 

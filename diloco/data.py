@@ -61,6 +61,15 @@ class DataConfig:
     """Later weights: {tokens: when, of all regions; weights: one for each source}."""
 
 
+def check_cache(cfg: DataConfig, least: int) -> None:
+    """least: bytes that the cache needs. Raises ConfigError."""
+    if cfg.cache_bytes < least:
+        raise ConfigError(
+            f"data.cache_bytes={cfg.cache_bytes} does not hold twice the tokens of data.shuffle={cfg.shuffle}: set it to {least} "
+            "or more, or data.shuffle to less in all regions"
+        )
+
+
 class Tokens(Protocol):
     """A long 1-D array of token ids that need not be in memory."""
 
@@ -157,7 +166,10 @@ class FileTokens(Joined):
 
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
         """Raises OSError if the file is not as long as it was."""
-        data = _mapped(self.paths[file], self.dtype.str)
+        try:
+            data = _mapped(self.paths[file], self.dtype.str)
+        except ValueError as error:  # it is empty, or ends inside of a token
+            raise OSError(f"{self.paths[file]} is not {size:,} tokens, as it was: copy it again") from error
         if len(data) != size:
             raise OSError(f"{self.paths[file]} has {len(data):,} tokens, and had {size:,}: copy it again")
         return data[start:stop]

@@ -35,6 +35,11 @@ def build_eval_sets(cfg: DataConfig, sets: Sequence[Any], samples: Samples, seq_
             source = Whole(source)
         with naming(key):
             found[name] = Dataset(source, seq_len, one.holdout, 0)
+            if not found[name].heldout_windows:
+                raise ConfigError(
+                    f"inner.seq_len={seq_len} is too long for what it holds out, which is less than one sequence: give more "
+                    "data, or set a shorter inner.seq_len"
+                )
     return found
 
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ckpt.store import Store, StoreError
 from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import Config, build_security, store_url
 from diloco.control import Control, Limits, RunLedger, expelled
+from diloco.corpus.source import Prepared
 from diloco.errors import ConfigError
 from diloco.exchanging import Setup, published
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
 from diloco.fragments import digest
 from diloco.journal import Journal
-from diloco.parallel import on_rank_0
+from diloco.mixing import MixedFacts, Samples
+from diloco.parallel import Region, on_rank_0
+from diloco.regional import Own
 from diloco.resetting import resume_samples
 from diloco.restoring import restore
 from diloco.saving import Saver
@@ -44,6 +48,7 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     """exchanges: to the process that is to do this rank's exchanges. Collective. Raises ConfigError, before anything is
     written, if this region does not fit the run."""
     cfg, region = trainer.cfg, trainer.region
+    check_ranks(region, data_of(trainer.dataset, trainer.own))
     store = Store(store_url(cfg))
     journal = Journal(store)
     on_rank_0(region, lambda: _look(cfg, journal, stack))
@@ -118,6 +123,26 @@ def _own(cfg: Config, run: str) -> None:
 # The run
 
 
+def data_of(data: Samples, own: Sequence[Own]) -> dict[str, list[Any]]:
+    """Key -> training windows and digest of what this rank has there. Text is hashed by rank 0 alone, for the fingerprint:
+    of it the windows have to do."""
+    parts = {"data": data, **{f"region.sources[{k}]": each.samples for k, each in enumerate(own)}}
+    hashed = {key: isinstance(part.source, Prepared | MixedFacts) for key, part in parts.items()}
+    return {key: [part.train_windows, part.source.digest if hashed[key] else ""] for key, part in parts.items()}
+
+
+def check_ranks(region: Region, mine: dict[str, list[Any]]) -> None:
+    """All ranks have the same data. Raises ConfigError on all of them. Collective."""
+    ranks = [json.loads(data) for data in region.gather_bytes(json.dumps(mine).encode())]
+    for rank, theirs in enumerate(ranks):
+        for key, facts in ranks[0].items():
+            if theirs[key] != facts:
+                raise ConfigError(
+                    f"{key} is not the same on all ranks of this region, training sequences and digest are {theirs[key]} on "
+                    f"rank {rank} and {facts} on rank 0: copy it again where it is wrong"
+                )
+
+
 def max_local_steps(cfg: Config) -> int:
     if cfg.outer.optimizer == "adamw":
         return 0  # gradients are of the common parameters
@@ -188,7 +213,9 @@ _MEANS = {
     "fragments": "outer.fragments",
     "codec": "codec",
     "data": "the digest of the data (data.path, data.sources)",
+    "windows": "the number of training sequences (data.holdout)",
     "mixture": "the names and weights of data.sources and data.phases",
+    "shuffle": "the windows that are shuffled together (data.shuffle)",
     "seq_len": "inner.seq_len",
     "outer": "outer.optimizer, with the numbers of inner that an outer AdamW takes,",
 }
@@ -331,6 +358,8 @@ def _become_member(trainer: Trainer, journal: Journal, endpoints: list[str], dat
             if not joined and trainer.cfg.region.name in trainer.state.expelled:
                 raise ConfigError(f"region.name={expelled(trainer.cfg.region.name)}")
             joined = joined or trainer.links.member in trainer.state.members  # once: who was succeeded stays out
+        if not joined:  # an entry of other data under the name of an own source would make `join` invalid for ever
+            on_rank_0(region, lambda: _check_own(trainer, trainer.state, f"the run in {store_url(trainer.cfg)}"))
     resume_samples(trainer)
 
 

@@ -6,19 +6,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diloco.data import DataConfig, Dataset, TokenSource, build_source
+from diloco.data import DataConfig, Dataset, TokenSource, build_source, check_cache
 from diloco.errors import ConfigError
 from diloco.mixture import Mixture, Schedule
 from diloco.shuffle import splitmix
+from diloco.typed import convert
 
 
 class Facts(Protocol):
@@ -76,6 +77,8 @@ def build_samples(cfg: DataConfig, seq_len: int, seed: int) -> Samples:
     parts = [
         build_part(cfg, f"data.sources[{k}]", part, seq_len, splitmix(seed + k)) for k, part in enumerate(cfg.sources)
     ]
+    for k, part in enumerate(parts):
+        check_tokenizer(f"data.sources[{k}]", part.source, "data.sources", _first_index(parts))
     _check_room(cfg, parts)
     names = [str(part.get("name", k)) for k, part in enumerate(cfg.sources)]
     return Mixed(parts, names, _schedule(cfg, seq_len))
@@ -87,12 +90,7 @@ def _check_room(cfg: DataConfig, parts: Sequence[Dataset]) -> None:
         raise ConfigError(
             f"data.shuffle={cfg.shuffle} is no number of tokens: set it to 0 (all), or more, in all regions"
         )
-    least = sum(getattr(part.source, "room", 0) for part in parts)
-    if cfg.cache_bytes < least:
-        raise ConfigError(
-            f"data.cache_bytes={cfg.cache_bytes} does not hold twice the tokens of data.shuffle={cfg.shuffle}: set it to {least} "
-            "or more, or data.shuffle to less in all regions"
-        )
+    check_cache(cfg, sum(getattr(part.source, "room", 0) for part in parts))
 
 
 def build_part(cfg: DataConfig, where: str, part: Any, seq_len: int, seed: int) -> Dataset:
@@ -107,12 +105,38 @@ def build_part(cfg: DataConfig, where: str, part: Any, seq_len: int, seed: int) 
 
 def source_of(cfg: DataConfig, key: str, own: Mapping[Any, Any]) -> tuple[DataConfig, TokenSource]:
     """`cfg` with some keys of its own, and what they name. Raises ConfigError naming `key`."""
-    known = {field.name for field in fields(DataConfig)} - {"sources", "phases"}
+    hints = get_type_hints(DataConfig)
+    known = hints.keys() - {"sources", "phases"}
     if unknown := sorted(map(str, own.keys() - known)):
         raise ConfigError(f"{key}.{unknown[0]} is not known: there is weight, name, {', '.join(sorted(known))}")
-    one = replace(cfg, sources=[], phases=[], **own)
+    typed = {name: convert(value, hints[name], f"{key}.{name}") for name, value in own.items()}
+    one = replace(cfg, sources=[], phases=[], **typed)
     with naming(key):
         return one, build_source(one)
+
+
+def check_tokenizer(key: str, source: Facts, of: str, index: Any) -> None:
+    """Both prepared with one tokenizer, as far as they are prepared. of: the key of the other. Raises ConfigError."""
+    own = index_of(source)
+    if own is not None and index is not None and (own.tokenizer, own.end) != (index.tokenizer, index.end):
+        raise ConfigError(
+            f"{key} is of the tokenizer {_tokenizer(own)}, and {of} of {_tokenizer(index)}: prepare all with one "
+            "--tokenizer and --end"
+        )
+
+
+def index_of(source: Facts) -> Any:
+    """The diloco.corpus.folder.Index of a prepared folder, or of the first in a mixture; None: there is none."""
+    return getattr(source, "index", None)
+
+
+def _first_index(parts: Sequence[Dataset]) -> Any:
+    return next((index for part in parts if (index := index_of(part.source)) is not None), None)
+
+
+def _tokenizer(index: Any) -> str:
+    files = " ".join(f"{name}:{checksum[:8]}" for name, checksum in sorted(index.tokenizer.items()))
+    return f"{files or 'bytes'} with end {index.end}"
 
 
 @contextmanager
@@ -184,6 +208,8 @@ class MixedFacts:
     vocab: int
     bytes_per_token: float
     digest: str
+    index: Any
+    """See index_of."""
 
 
 class Mixed:
@@ -197,6 +223,7 @@ class Mixed:
             max(part.source.vocab for part in parts),
             sum(float(share) * size for share, size in weighed),
             _digest(parts, schedule),
+            _first_index(parts),
         )
         self.train_windows = sum(part.train_windows for part in parts)
         self._held = [s for s, part in enumerate(parts) if part.heldout_windows and shares[0][s]]

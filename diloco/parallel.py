@@ -26,9 +26,12 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from diloco.errors import ConfigError
+from diloco.settings import JournalError
 
 Plan = Callable[[nn.Module, int], dict[str, ParallelStyle]]  # model.plan, called as plan(model, tp)
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16")}
+FORWARDED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, JournalError, OSError)}
+"""What `on_rank_0` raises on all ranks; of what is derived from them, the kind here."""
 
 
 @dataclass
@@ -97,17 +100,20 @@ class Region:
 
 
 def on_rank_0(region: Region, action: Callable[[], Any]) -> Any:
-    """What `action` returns on rank 0 (JSON), on every rank. If it raises ConfigError there, all ranks do, rather than
-    wait for it in vain. Collective."""
+    """What `action` returns on rank 0 (JSON), on every rank. If it raises one of FORWARDED there, all ranks do, with its text,
+    rather than wait for it in vain. Collective."""
     said: dict[str, Any] = {}
     if region.rank == 0:
         try:
             said = {"value": action()}
-        except ConfigError as error:
-            said = {"refused": str(error)}
+        except tuple(FORWARDED.values()) as error:
+            said = {
+                "error": next(name for name, kind in FORWARDED.items() if isinstance(error, kind)),
+                "text": str(error),
+            }
     said = json.loads(region.broadcast_bytes(json.dumps(said).encode()))
-    if "refused" in said:
-        raise ConfigError(said["refused"])
+    if "error" in said:
+        raise FORWARDED[said["error"]](said["text"])
     return said["value"]
 
 

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
-from diloco.mixing import Samples, build_part, fetches_in_turn, gather, least_readahead
+from diloco.mixing import (
+    Facts,
+    Samples,
+    build_part,
+    check_tokenizer,
+    fetches_in_turn,
+    gather,
+    index_of,
+    least_readahead,
+)
 from diloco.reading import SOURCE
 from elastic.security import REGION_NAME
 
@@ -40,21 +49,23 @@ class Own:
     @property
     def digest(self) -> str:
         """Of what its sample indices mean: the data, how it is cut, and the order."""
-        facts = [self.samples.source.digest, self.samples.seq_len, self.samples.train_windows, self.samples.seed]
+        of = self.samples
+        facts = [of.source.digest, of.seq_len, of.train_windows, of.seed, of.shuffle]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def build_own(cfg: RegionConfig, data: DataConfig, vocab: int, seq_len: int, seed: int) -> list[Own]:
-    """vocab: that of `data`. Raises ConfigError."""
+def build_own(cfg: RegionConfig, data: DataConfig, of: Facts, seq_len: int, seed: int) -> list[Own]:
+    """of: what `data` is. Raises ConfigError."""
     found: list[Own] = []
     for k, part in enumerate(cfg.sources):
         where = f"region.sources[{k}]"
         name, share = _name(where, part, [own.name for own in found]), _share(where, part)
         order = hashlib.sha256(f"{seed}/{cfg.name}/{name}".encode()).digest()
         samples = build_part(data, where, part, seq_len, int.from_bytes(order[:8], "big"))
-        if samples.source.vocab != vocab:
+        check_tokenizer(f"{where} ({name})", samples.source, "data", index_of(of))
+        if samples.source.vocab != of.vocab:
             raise ConfigError(
-                f"{where} ({name}) has a vocabulary of {samples.source.vocab}, and data one of {vocab}: prepare both with one "
+                f"{where} ({name}) has a vocabulary of {samples.source.vocab}, and data one of {of.vocab}: prepare both with one "
                 "tokenizer"
             )
         found.append(Own(name, share, samples))

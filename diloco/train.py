@@ -53,6 +53,8 @@ def run(cfg: Config) -> int:
             keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
+            if region.rank != 0:  # of rank 0's, `depart` speaks
+                print(f"{cfg.region.name}, rank {region.rank}: {error}", flush=True)
         depart(trainer, order)
         return 0 if order.clean else 1
     return 0

@@ -73,7 +73,7 @@ class Trainer:
     def __init__(self, cfg: Config, region: Region) -> None:
         self.cfg, self.region = cfg, region
         self.dataset = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
-        self.own = build_own(cfg.region, cfg.data, self.dataset.source.vocab, cfg.inner.seq_len, cfg.run.seed)
+        self.own = build_own(cfg.region, cfg.data, self.dataset.source, cfg.inner.seq_len, cfg.run.seed)
         self.samples = Regional(self.dataset, self.own)
         self.eval_sets = build_eval_sets(cfg.data, cfg.run.eval_sets, self.dataset, cfg.inner.seq_len)
         self.model = build_model(cfg, region, self.dataset.source.vocab)
@@ -125,6 +125,7 @@ class Trainer:
             "fragments": len(self.fragments),
             "codec": self.cfg.codec.name,
             "data": self.dataset.source.digest[:16],
+            "windows": self.dataset.train_windows,
             "mixture": self.dataset.mixture,
             "shuffle": self.dataset.shuffle,
             "seq_len": self.cfg.inner.seq_len,

@@ -16,7 +16,11 @@ BYTES_PER_TOKEN = 4
 
 
 def write_folder(
-    folder: Path, shards: Mapping[str, Sequence[np.ndarray]], vocab: int = 50257, bytes_per_token: int = BYTES_PER_TOKEN
+    folder: Path,
+    shards: Mapping[str, Sequence[np.ndarray]],
+    vocab: int = 50257,
+    bytes_per_token: int = BYTES_PER_TOKEN,
+    end: int | None = None,
 ) -> Path:
     """shards: of each split, arrays of one dtype; each is one document."""
     folder.mkdir(parents=True)
@@ -24,8 +28,8 @@ def write_folder(
         name: Split.of([_shard(folder / f"{name}-{k:05d}", array, bytes_per_token) for k, array in enumerate(arrays)])
         for name, arrays in shards.items()
     }
-    dtype = shards[SPLITS[0]][0].dtype.str
-    (folder / "index.json").write_bytes(Index(dtype, vocab, None, {}, 0.0, 0, 0, **splits).encode())
+    dtype = shards[SPLITS[0]][0].dtype.str.replace("|", "<")
+    (folder / "index.json").write_bytes(Index(dtype, vocab, end, {}, 0.0, 0, 0, **splits).encode())
     return folder
 
 

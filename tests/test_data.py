@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diloco.data import DataConfig, Dataset, build_source, text_bytes
+from diloco.data import DataConfig, Dataset, FileTokens, build_source, text_bytes
 from diloco.errors import ConfigError
 from diloco.shuffle import permute
 
@@ -139,6 +139,15 @@ def test_text_bytes_joins_sorted_files(tmp_path: Path) -> None:
     assert source.digest == hashlib.sha256(b"beefdead!").hexdigest() and source.vocab == 256
     only = text_bytes(DataConfig(path=[str(tmp_path / "z.md"), str(tmp_path / "b")], pattern="**/*.txt"))
     assert only.tokens[0:99].tobytes() == b"!dead"
+
+
+@pytest.mark.parametrize("left", [0, 6, 7])
+def test_a_file_that_was_cut_off_is_an_oserror(tmp_path: Path, left: int) -> None:
+    """At a token, inside of one, or to nothing."""
+    path = tmp_path / "train-00000.tokens"
+    path.write_bytes(bytes(left))
+    with pytest.raises(OSError, match=r"train-00000\.tokens .*: copy it again"):
+        FileTokens([path], [5], "<u2")[0:5]
 
 
 def test_a_missing_or_empty_path_names_the_key(tmp_path: Path) -> None:

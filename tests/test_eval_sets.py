@@ -53,6 +53,13 @@ def test_training_that_holds_nothing_out_has_its_named_sets_alone(data: DataConf
     assert list(build(everything, {"name": "text", "path": data.path})) == ["text"]
 
 
+def test_a_set_that_has_no_whole_sequence_is_one_sentence(data: DataConfig, tmp_path: Path) -> None:
+    parts = {"train": [np.arange(41, dtype="u1")], "heldout": [np.arange(SEQ_LEN, dtype="u1")]}
+    short = {"name": "short", "path": str(write_folder(tmp_path / "short", parts, 256)), **PREPARED}
+    with pytest.raises(ConfigError, match=r"^run\.eval_sets\[0\]: inner\.seq_len=4 is too long for what it holds out"):
+        build(data, short)
+
+
 @pytest.mark.parametrize(
     ("sets", "words"),
     [

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from ckpt.store import StoreError
 from diloco.errors import ConfigError
 from diloco.model import build_llama
-from diloco.parallel import ParallelConfig, Region, blocks_of, open_region, parallelize, validate
+from diloco.parallel import ParallelConfig, Region, blocks_of, on_rank_0, open_region, parallelize, validate
+from diloco.settings import JournalError
 from tests.parallel_worker import CASES, Case, train
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +94,27 @@ def test_lone_region() -> None:
     assert region.broadcast_bytes(b"a round") == b"a round"
     region.barrier()
     region.close()
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [(ConfigError("a=1"), ConfigError), (JournalError("bug"), JournalError), (StoreError("away"), OSError)],
+)
+def test_what_rank_0_meets_is_raised_on_all_ranks(raised: Exception, kind: type[Exception]) -> None:
+    said: list[bytes] = []
+
+    def action() -> None:
+        raise raised
+
+    def broadcast(data: bytes | None) -> bytes:
+        said.append(data or b"")
+        return said[0]
+
+    for rank in range(2):
+        region = Region(rank, 2, 2, 1, rank, 0, torch.device("cpu"), None)
+        region.broadcast_bytes = broadcast if rank == 0 else lambda _: said[0]  # type: ignore[method-assign]
+        with pytest.raises(kind, match=f"^{raised}$"):
+            on_rank_0(region, action)
 
 
 def test_blocks_are_the_longest_module_list() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from diloco.corpus.tokenizing import Bytes, cut, load
 from diloco.corpus.worker import held_out
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
-from tests.corpora import BIG, big_index
+from tests.corpora import BIG, big_index, write_folder
 from tests.s3_server import BUCKET
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -281,7 +282,9 @@ def test_a_killed_preparation_goes_on(corpus: Path, tokenizer: Path, tmp_path: P
     assert not list((out / "parts").glob("*.json"))
 
 
-def test_damage_stops_or_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_stops_or_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.jsonl").write_bytes(DAMAGED + b'\n{"text": ""}\n')
     out = tmp_path / "out"
     assert run("prepare", tmp_path / "x.jsonl", out, "--holdout", 0) == 2
@@ -290,6 +293,10 @@ def test_damage_stops_or_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
         f"{tmp_path / 'x.jsonl'}:3: not valid UTF-8" in error and "--on-error skip" in error and error.count("\n") == 1
     )
     assert not (out / "index.json").exists()
+    with monkeypatch.context() as newer:
+        newer.setattr(preparing, "FORMAT", "diloco tokens 3")
+        assert run("prepare", tmp_path / "x.jsonl", out, "--holdout", 0, "--on-error", "skip") == 2
+        assert "by another version (plan.json has them)" in capsys.readouterr().err
     assert run("prepare", tmp_path / "x.jsonl", out, "--holdout", 0, "--on-error", "skip") == 0
     index = read_index(out, "OUT")
     assert (index.skipped, index.empty, texts_of(out, "train")) == (5, 1, [b"good", b"end"])
@@ -349,10 +356,39 @@ def test_a_bucket_is_prepared_like_a_directory(server: str, corpus: Path, tmp_pa
 
 
 def test_an_index_cannot_name_paths(tmp_path: Path) -> None:
-    split = Split(["../train-00000"], [5], [1], [5], ["0"], ["0"])
+    split = Split(["../train-00000"], [5], [1], [5], ["0" * 64], ["0" * 64])
     (tmp_path / "index.json").write_bytes(Index("<u1", 256, 0, {}, 0.0, 0, 0, split).encode())
     with pytest.raises(ConfigError, match=r"names '\.\./train-00000', which is no shard's name"):
         read_index(tmp_path, "data.path")
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (["dtype"], "<f4"),
+        (["vocab"], "256"),
+        (["end"], -1),
+        (["tokenizer"], {"tokenizer.json": 5}),
+        (["train", "names"], [5]),
+        (["train", "names"], "x"),
+        (["train", "tokens"], [0]),
+        (["train", "tokens"], [True]),
+        (["train", "documents"], [-1]),
+        (["train", "bytes"], [5, 5]),
+        (["heldout", "sha256"], ["0" * 64]),
+        (["train", "ends_sha256"], ["0" * 63 + "g"]),
+    ],
+)
+def test_an_index_is_checked_before_it_is_believed(tmp_path: Path, where: list[str], value: object) -> None:
+    folder = write_folder(tmp_path / "out", {"train": [np.zeros(5, dtype="u1")]}, 256)
+    read_index(folder, "data.path")
+    values = json.loads((folder / "index.json").read_text())
+    reduce(lambda found, key: found[key], where[:-1], values)[where[-1]] = value
+    (folder / "index.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ConfigError, match=r"^data\.path=.*/index\.json cannot be read \(.*\): prepare the folder anew$"
+    ):
+        read_index(folder, "data.path")
 
 
 def test_training_reads_the_shards(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
+from diloco.evaluate import build_eval_sets
 from diloco.mixing import build_samples
 from diloco.reading import SOURCE
 from diloco.regional import Regional, RegionConfig, build_own, shares_of
+from tests.corpora import write_folder
 from tests.test_mixture import of_source
 
 SEQ_LEN = 4
@@ -31,7 +35,7 @@ def of_region(cfg: DataConfig) -> Any:
 
 
 def build(*sources: Any, seed: int = 0, seq_len: int = SEQ_LEN, name: str = "eu") -> Any:
-    return build_own(RegionConfig(name, list(sources)), DATA, 2, seq_len, seed)
+    return build_own(RegionConfig(name, list(sources)), DATA, build_samples(DATA, seq_len, 0).source, seq_len, seed)
 
 
 def test_ids_name_samples_of_data_and_of_each_source() -> None:
@@ -53,8 +57,41 @@ def test_the_digest_is_of_all_that_an_index_means() -> None:
         build(own(0, "a", 1), name="us")[0].digest,
         build(own(0, "a", 1), seq_len=8)[0].digest,
         build(own(0, "a", 1, holdout=0.1))[0].digest,
+        build(own(0, "a", 1, shuffle=40))[0].digest,
     ]
     assert len(set(digests)) == len(digests) and build(own(0, "a", 0.5))[0].digest == digests[0]
+
+
+def test_what_is_streamed_has_room_in_the_cache(tmp_path: Path) -> None:
+    """Of a part's own cache_bytes, of own sources and of evaluation sets."""
+    url = f"file://{write_folder(tmp_path / 'out', {'train': [np.arange(41, dtype='u1')]}, 2)}"
+    small = {"source": "diloco.corpus.source.prepared", "path": url, "cache": str(tmp_path), "cache_bytes": 5}
+    words = r"\[0\]: data\.cache_bytes=5 does not hold .* set it to \d+ or more"
+    with pytest.raises(ConfigError, match=rf"^region\.sources{words}"):
+        build({"name": "a", "weight": 1, **small})
+    with pytest.raises(ConfigError, match=rf"^data\.sources{words}"):
+        build_samples(DataConfig(holdout=0.0, sources=[{"weight": 1, **small}]), SEQ_LEN, 0)
+    with pytest.raises(ConfigError, match=rf"^run\.eval_sets{words}"):
+        build_eval_sets(DATA, [{"name": "a", **small}], build_samples(DATA, SEQ_LEN, 0), SEQ_LEN)
+
+
+def test_all_is_of_one_tokenizer(tmp_path: Path) -> None:
+    """Own sources and data, and the parts of data; of the same vocabulary, and with what is not prepared among them."""
+    shards = {"train": [np.arange(41, dtype="u1")]}
+    folders = [write_folder(tmp_path / name, shards, 256, end=end) for name, end in (("a", 0), ("b", 0), ("c", None))]
+    parts = [
+        {"name": folder.name, "weight": 0.5, "source": "diloco.corpus.source.prepared", "path": str(folder)}
+        for folder in folders
+    ]
+    text = {"weight": 1, "source": "tests.test_mixture.of_source", "args": {"k": 254, "n": 401}}
+    alike = DataConfig(holdout=0.0, sources=[text, *parts[:2]])
+    data = build_samples(alike, SEQ_LEN, 0).source
+    words = r"is of the tokenizer bytes with end None, and data.* of bytes with end 0: prepare all with one"
+    with pytest.raises(ConfigError, match=rf"^data\.sources\[2\] {words}"):
+        build_samples(replace(alike, sources=[text, parts[0], parts[2]]), SEQ_LEN, 0)
+    with pytest.raises(ConfigError, match=rf"^region\.sources\[1\] \(c\) {words}"):
+        build_own(RegionConfig("eu", [parts[1], parts[2]]), alike, data, SEQ_LEN, 0)
+    assert len(build_own(RegionConfig("eu", parts[:2]), alike, data, SEQ_LEN, 0)) == 2
 
 
 @pytest.mark.parametrize(

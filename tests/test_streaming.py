@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
+from ckpt.store import StoreError
 from diloco.corpus import cache as caching
-from diloco.corpus.cache import DamagedShard
+from diloco.corpus.cache import Cache, DamagedShard, Shard
 from diloco.corpus.command import serve
 from diloco.corpus.folder import CHUNK
 from diloco.data import DataConfig
@@ -215,6 +221,45 @@ def test_an_outage_is_waited_for_and_told(
     assert said.count("trying again for") == 2 and said.count(f"data: {url} answers again after") == 1
 
 
+def test_the_wait_for_another_reader_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited for a lock for as long as its holder had patience does not have as much again."""
+    now, tries = [0.0], list[str]()
+
+    @contextmanager
+    def locked(*_: object) -> Iterator[bool]:
+        now[0] += 21
+        yield True
+
+    def read(key: str, *_: int) -> bytes:
+        tries.append(key)
+        raise StoreError("away")
+
+    monkeypatch.setattr(Cache, "_locked", locked)
+    monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(read=read))
+    monkeypatch.setattr(
+        caching, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    )
+    cache = Cache("memory://x", tmp_path, "folder", 1 << 30, 20.0)
+    with pytest.raises(StoreError, match="away"):
+        cache.bring(Shard("train-00000", CHUNK, ""), 0, 1)
+    assert len(tries) == 1
+
+
+def test_a_chunk_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, shard = Cache("memory://x", tmp_path, "folder", 1 << 30, 20.0), Shard("train-00000", 4, "")
+    cache._sums[shard.name] = blake3(b"text").digest()
+    path = tmp_path / "folder" / shard.name / "000000"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"text")
+    os.utime(path, (0, 0))
+
+    def refused(_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.read(shard, 1, 3) == b"ex"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -230,6 +275,15 @@ def test_what_cannot_be_streamed_is_one_sentence(
         build_samples(
             DataConfig(**{**vars(config(url if changes else f"{url}/nowhere", tmp_path)), **changes}), SEQ_LEN, 0
         )
+
+
+def test_the_directory_that_is_written_to_is_the_one_that_is_checked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "diloco-shards").touch()
+    with pytest.raises(
+        ConfigError, match=r"^data\.cache=.* because of .*/diloco-shards: set it to a directory of yours$"
+    ):
+        open_(f"file://{folder}", tmp_path)
 
 
 def test_a_bucket_is_shown_and_verified_like_a_directory(

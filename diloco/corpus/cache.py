@@ -95,13 +95,14 @@ class Cache:
             status = os.fstat(file)
             identity = status.st_ino, status.st_size
             if self._checked.get((shard.name, chunk)) != identity:
-                if blake3(os.pread(file, CHUNK, 0)).digest() != self._digest(shard, chunk):
+                if blake3(os.pread(file, CHUNK, 0)).digest() != self._digest(shard, chunk, time.monotonic()):
                     print(f"data: {path} is damaged on this disk: fetching it again", flush=True)
                     Path(path).unlink(missing_ok=True)
                     return None
                 self._remember(shard, chunk, identity)
             if time.time() - status.st_mtime > TOUCH_SECONDS:
-                os.utime(file)
+                with suppress(PermissionError):  # another user's: it may go sooner
+                    os.utime(file)
             return os.pread(file, stop - start, start)
         finally:
             os.close(file)
@@ -116,14 +117,15 @@ class Cache:
         cannot be had."""
         if not self._missing(shard, first, last):
             return
+        begin = time.monotonic()  # waiting for one who has the lock is waiting for the store
         with self._locked(f"{hash_of(f'{self.folder}/{shard.name}/{first // RUN}') % LOCKS}"):
             missing = self._missing(shard, first, last)  # by now another process may have brought them
             if not missing:
                 return
             first, last = missing[0], missing[-1] + 1
-            begin, end = first * CHUNK, min(last * CHUNK, shard.size)
-            digests = [self._digest(shard, chunk) for chunk in range(first, last)]
-            data = memoryview(self._fetch(f"{shard.name}.tokens", begin, end, partial(_has, digests)))
+            start, stop = first * CHUNK, min(last * CHUNK, shard.size)
+            digests = [self._digest(shard, chunk, begin) for chunk in range(first, last)]
+            data = memoryview(self._fetch(f"{shard.name}.tokens", start, stop, partial(_has, digests), begin))
             for chunk in missing:
                 self._place(shard, chunk, data[(chunk - first) * CHUNK : (chunk - first + 1) * CHUNK])
         self._unseen += len(data)
@@ -141,17 +143,18 @@ class Cache:
         self._remember(shard, chunk, (hidden.stat().st_ino, len(data)))
         hidden.rename(path)
 
-    def _digest(self, shard: Shard, chunk: int) -> bytes:
+    def _digest(self, shard: Shard, chunk: int, begin: float) -> bytes:
         if shard.name not in self._sums:
             length = DIGEST * -(-shard.size // CHUNK)
             self._sums[shard.name] = self._fetch(
-                f"{shard.name}.sums", 0, length, lambda data: hashlib.sha256(data).hexdigest() == shard.checksum
+                f"{shard.name}.sums", 0, length, lambda data: hashlib.sha256(data).hexdigest() == shard.checksum, begin
             )
         return self._sums[shard.name][DIGEST * chunk : DIGEST * (chunk + 1)]
 
-    def _fetch(self, key: str, start: int, stop: int, right: Callable[[bytes], bool]) -> bytes:
-        """Bytes of an object. Raises OSError: that they are not right, or that its store stayed away."""
-        begin, delay, damaged = time.monotonic(), RETRY_SECONDS[0], 0
+    def _fetch(self, key: str, start: int, stop: int, right: Callable[[bytes], bool], begin: float) -> bytes:
+        """Bytes of an object. begin: of the wait for them, by time.monotonic(). Raises OSError: that they are not right, or that
+        its store stayed away."""
+        delay, damaged = RETRY_SECONDS[0], 0
         while True:
             try:
                 data = store_of(self.url).read(key, start, stop)

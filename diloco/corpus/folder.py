@@ -35,7 +35,8 @@ CHUNK = 1 << 20
 """Bytes of a shard that have a digest of their own."""
 ENDINGS = ("tokens", "sums", "ends")
 SPLITS = ("train", "heldout")
-_NAME = re.compile(r"[a-z]+-[0-9]+")
+DTYPES = ("<u1", "<u2", "<u4")
+_NAME, _SHA256 = re.compile(r"[a-z]+-[0-9]+"), re.compile(r"[0-9a-f]{64}")
 READERS = 4
 """Files of a folder that are read at once to verify it."""
 
@@ -90,7 +91,7 @@ class Index:
 
 def dtype_of(vocab: int) -> str:
     """The narrowest that holds all ids."""
-    return next(name for name in ("<u1", "<u2", "<u4") if vocab <= 1 << 8 * np.dtype(name).itemsize)
+    return next(name for name in DTYPES if vocab <= 1 << 8 * np.dtype(name).itemsize)
 
 
 def is_url(place: str | Path) -> bool:
@@ -111,6 +112,7 @@ def read_index(place: str | Path, key: str) -> Index:
             raise ValueError(f"not of the format {FORMAT!r}")
         train, heldout = (Split(**values.pop(name)) for name in SPLITS)
         index = Index(**values, train=train, heldout=heldout)
+        _check(index)
     except MissingError:
         raise ConfigError(
             f"{key}={place} holds no {INDEX}: make it with python -m diloco.data prepare SRC... OUT, and copy it there"
@@ -126,6 +128,33 @@ def read_index(place: str | Path, key: str) -> Index:
     if missing := wanted - set(os.listdir(place) if wanted else ()):
         raise ConfigError(f"{key}={place} lacks {min(missing)}, which its index names: copy it again")
     return index
+
+
+def _check(index: Index) -> None:
+    """What comes from a bucket may be anything. Raises ValueError."""
+    if index.dtype not in DTYPES or not _counts([index.vocab], 1) or not _counts([index.skipped, index.empty]):
+        raise ValueError("dtype or counts are none")
+    if index.end is not None and not _counts([index.end]):
+        raise ValueError(f"end={index.end!r} is no token")
+    if not all(isinstance(each, str) for pair in index.tokenizer.items() for each in pair):
+        raise ValueError("its tokenizer is not names and checksums")
+    for split in (index.train, index.heldout):
+        columns = [getattr(split, name) for name in COLUMNS]
+        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            raise ValueError("its columns are not lists of one length")
+        digests = [*split.sha256, *split.ends_sha256]
+        if not all(isinstance(each, str) for each in split.names) or not all(map(_is_sha256, digests)):
+            raise ValueError("names or checksums are none")
+        if not _counts(split.tokens, 1) or not _counts([*split.documents, *split.bytes]):
+            raise ValueError("counts of tokens, documents or bytes are none")
+
+
+def _counts(values: Sequence[Any], least: int = 0) -> bool:
+    return all(type(value) is int and value >= least for value in values)
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def wrong(place: str | Path, index: Index) -> Iterator[str]:

@@ -20,7 +20,19 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from diloco.corpus.documents import Piece, splits
-from diloco.corpus.folder import INDEX, PARTS, PLAN, SKIPPED, SPLITS, Index, Split, dtype_of, read_index, write_whole
+from diloco.corpus.folder import (
+    FORMAT,
+    INDEX,
+    PARTS,
+    PLAN,
+    SKIPPED,
+    SPLITS,
+    Index,
+    Split,
+    dtype_of,
+    read_index,
+    write_whole,
+)
 from diloco.corpus.tokenizing import Tokenizer, load
 from diloco.corpus.worker import Options, part_path
 from diloco.errors import ConfigError
@@ -130,12 +142,13 @@ def _alone(out: Path) -> Iterator[None]:
 def _begin(out: Path, options: Options, tokenizer: Tokenizer, tasks: list[Task]) -> bool:
     """Sets down what is made of what, or checks that it is what was begun. True: all is done."""
     made = {key: value for key, value in asdict(options).items() if key in ("field", "format", "holdout")}
-    made |= {"tokenizer": _checksums(tokenizer), "end": tokenizer.end, "tasks": tasks}
+    made |= {"shards": FORMAT, "tokenizer": _checksums(tokenizer), "end": tokenizer.end, "tasks": tasks}
     data = json.dumps(made, indent=1, sort_keys=True).encode() + b"\n"
     if (out / PLAN).exists():
         if (out / PLAN).read_bytes() != data:
             raise ConfigError(
-                f"OUT {out} was begun with other files or options ({PLAN} has them): name another, or empty it"
+                f"OUT {out} was begun with other files or options, or by another version ({PLAN} has them): name another, or "
+                "empty it"
             )
     elif others := [path.name for path in out.iterdir() if path.name != PARTS]:
         raise ConfigError(f"OUT {out} holds {min(others)}, which is not of a preparation: name an empty directory")

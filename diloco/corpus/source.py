@@ -12,7 +12,7 @@ import numpy as np
 
 from diloco.corpus.cache import RUN, Cache, Shard
 from diloco.corpus.folder import CHUNK, Index, Split, is_url, read_index
-from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined
+from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined, check_cache
 from diloco.errors import ConfigError
 
 ALONE = 16
@@ -56,10 +56,12 @@ def prepared(cfg: DataConfig) -> Prepared:
     index = read_index(place, "data.path")
     if not index.train.names:
         raise ConfigError(f"data.path={place} has no tokens to train on: prepare it anew from more text")
+    room = room_for(index, cfg.shuffle) if remote else 0
+    check_cache(cfg, room)
     splits = [split for split in (index.train, index.heldout) if split.names]
     cache = _cache(cfg, place, index) if remote else None
     train, *heldout = [_tokens(place, index, split, cache) for split in splits]
-    return Prepared(index, train, heldout[0] if heldout else None, room_for(index, cfg.shuffle) if remote else 0)
+    return Prepared(index, train, heldout[0] if heldout else None, room)
 
 
 def _tokens(folder: str, index: Index, split: Split, cache: Cache | None) -> Joined:
@@ -100,13 +102,13 @@ class CachedTokens(Joined):
 
 def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:
     """Raises ConfigError unless it may be written to."""
-    root = Path(cfg.cache).expanduser()
+    root = Path(cfg.cache).expanduser() / SHARDS
     nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
             f"data.cache={cfg.cache} cannot be written to, because of {nearest}: set it to a directory of yours"
         )
-    return Cache(url, root / SHARDS, index.digest[:16], cfg.cache_bytes, cfg.patience)
+    return Cache(url, root, index.digest[:16], cfg.cache_bytes, cfg.patience)
 
 
 def room_for(index: Index, shuffle: int) -> int:
