@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt.store import Store
 from diloco.composing import compose_config
 from diloco.config import validate
 from diloco.errors import ConfigError
+from diloco.fold import JournalError
+from diloco.journal import Journal
 from diloco.metrics import duration
 from launch.comparing import RECORD, final
 from launch.process import Job, Lines, Stop, child_command, supervise
@@ -101,7 +104,8 @@ def run_jobs(jobs: Sequence[SweepJob], parallel: int) -> list[float]:
         raise ConfigError(f"sweep.parallel={parallel} is not a number of jobs: set it to 1 or more")
     todo = {}
     for job in jobs:
-        if state(job) == "done":
+        if state(job) == "done" or complete(job):
+            record(job, "done")
             say(job, f"done before: {result(job)} ({job.dir})")
         else:
             todo[job.dir] = job  # once: a sweeper may ask for the same twice
@@ -150,15 +154,16 @@ class Running:
     def _end(self, process: Job) -> bool:
         job = self._jobs[process.name]
         self._left -= 1
-        if self._stop.times:
-            say(job, "stopped: the same command goes on with it")
-        elif why := failure(job, process.code or 0):
-            record(job, "failed", why)
-            say(job, f"failed: {why} (all of it: {job.dir / 'log.txt'})")
-        else:
+        if complete(job):
             record(job, "done")
             took = duration(time.monotonic() - self._started[job.name])
             say(job, f"done after {took}: {result(job)}; {self._left} to go")
+        elif self._stop.times:
+            say(job, "stopped: the same command goes on with it")
+        else:
+            why = failure(job, process.code or 0)
+            record(job, "failed", why)
+            say(job, f"failed: {why} (all of it: {job.dir / 'log.txt'})")
         return False
 
 
@@ -207,11 +212,29 @@ def result(job: SweepJob) -> str:
     )
 
 
+def complete(job: SweepJob) -> bool:
+    """It has a result, and its run has come to its end, whatever its processes' exit codes were."""
+    return final(job.dir) is not None and finished(job)
+
+
+def finished(job: SweepJob) -> bool:
+    """The journal says that the run has stopped because it was all done."""
+    try:
+        journal = Journal(Store(str(find_override(job.overrides, "run.store") or job.dir / "store")))
+        journal.read()
+    except (OSError, JournalError) as error:
+        say(job, f"whether its run is done is not known: {error}")
+        return False
+    return journal.state is not None and journal.state.stopped is not None and journal.state.finished is not None
+
+
 def failure(job: SweepJob, code: int) -> str:
-    """Why it failed, in a sentence; empty if it did not."""
+    """Why it failed, in a sentence, if it is not complete."""
     if code:
         return why((job.dir / "log.txt").read_text().splitlines()) or f"exit code {code}"
-    return "" if final(job.dir) else "it wrote no held-out loss: set data.holdout > 0"
+    if final(job.dir) is None:
+        return "it wrote no held-out loss: set data.holdout > 0"
+    return "its run was stopped before its end: see its journal"
 
 
 def why(lines: Sequence[str]) -> str:

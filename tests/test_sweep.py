@@ -26,6 +26,7 @@ from launch.jobs import SweepJob, environment, make_job, run_jobs, split_regions
 from launch.regions import Region, find_override
 from launch.svg import linear, logarithmic
 from launch.sweep import choose_dir
+from tests.test_summary import write_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROUND = RoundRecord(3, 1, 2, 0, 1, ("eu_1", "us_2"), 256, 4, 1000, 1000, 0.1, 0.0, 1.0, "a" * 64)
@@ -75,6 +76,23 @@ def test_what_is_asked_for_twice_runs_once(
     assert run_jobs(found, 3) == [math.inf] * 3 and capsys.readouterr().out.count("failed: never") == 2
     told = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("*/job.json")}
     assert set(told) == {found[0].dir, found[1].dir} and {t["why"] for t in told.values()} == {"never"}
+
+
+def test_a_job_is_done_when_its_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the exit code of its launcher was, and also if nobody was there to note it."""
+    found = [make_job(["+region=eu", f"outer.lr={lr}"], tmp_path, num) for num, lr in enumerate((1, 2, 3))]
+    ends = []
+    for one in found:
+        write_run(one.dir)
+        ends.append(max((one.dir / "store" / "journal").iterdir()))
+    for end in ends[1:]:
+        end.rename(tmp_path / f"{end.parents[2].name}.end")
+    moves = f"import os; os.rename({str(tmp_path / found[1].dir.name)!r} + '.end', {str(ends[1])!r}); os._exit(1)"
+    commands = {1: [sys.executable, "-c", moves], 2: [sys.executable, "-c", ""]}
+    monkeypatch.setattr(jobs_module, "command", lambda job: commands[job.num])
+    assert [math.isfinite(loss) for loss in run_jobs(found, 2)] == [True, True, False]
+    told = [json.loads((one.dir / "job.json").read_text()) for one in found]
+    assert [t["state"] for t in told] == ["done", "done", "failed"] and "before its end" in told[2]["why"]
 
 
 def test_jobs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
