@@ -52,6 +52,10 @@ def make_job(overrides: Sequence[str], sweep_dir: Path, num: int) -> SweepJob:
     """Raises ConfigError if no region is named, or if it could not be kept apart from its neighbours."""
     kept = [text for text in overrides if parse_override(text).key_or_group.split(".")[0] != "sweep"]
     regions, rest = split_regions(kept)
+    for part in (rest, *(region.overrides for region in regions)):
+        check_shared(part)
+    if inside := [region for region in regions if find_override(region.overrides, "run.store") is not None]:
+        raise ConfigError(f"regions has run.store in {inside[0].name}, but a run has one store: set it for all regions")
     values = {o.key_or_group: ("(deleted)" if o.is_delete() else o.value()) for o in map(parse_override, kept)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return SweepJob(num, values, tuple(regions), (*apart(rest, sweep_dir.name, digest),), sweep_dir / digest)
@@ -66,17 +70,22 @@ def split_regions(overrides: Sequence[str]) -> tuple[list[Region], list[str]]:
     return check_regions([name] if several is None else several), rest
 
 
-def apart(overrides: Sequence[str], sweep: str, job: str) -> list[str]:
-    """The overrides with a store and a name of the job's own. Raises ConfigError for what jobs cannot share."""
+def check_shared(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for what jobs cannot share."""
     for key, why in {
         "run.dir": "every job has a directory of its own: set sweep.dir to where they shall be",
         "elastic.lighthouse": "every job starts a lighthouse of its own: leave it out",
     }.items():
         if (value := find_override(overrides, key)) is not None:
             raise ConfigError(f"{key}={value} would be shared by all jobs of a sweep, but {why}")
+
+
+def apart(overrides: Sequence[str], sweep: str, job: str) -> list[str]:
+    """The overrides with a store and a name of the job's own."""
     store = find_override(overrides, "run.store")
     name = find_override(overrides, "run.name") or sweep
-    own = [override("run.name", f"{name}-{job}"), *([override("run.store", f"{store}/{job}")] if store else [])]
+    own = [override("run.name", f"{name}-{job}")]
+    own += [override("run.store", f"{store}/{sweep}-{job}")] if store else []
     return [*(o for o in overrides if parse_override(o).key_or_group not in ("run.name", "run.store")), *own]
 
 
@@ -90,6 +99,11 @@ def check(jobs: Sequence[SweepJob]) -> None:
                 own.append(f"elastic.start_regions={len(job.regions)}")
             cfg = compose_config([*shared, *own, *region.overrides])
             validate(cfg, region.nproc)
+            if cfg.run.store and find_override(shared, "run.store") is None:
+                raise ConfigError(
+                    f"run.store={cfg.run.store} of a recipe would be shared by all jobs of a sweep: set run.store on the "
+                    "command line, where each job gets a place of its own in it"
+                )
             if not cfg.data.holdout and not cfg.data.sources:
                 raise ConfigError("data.holdout=0 leaves nothing to compare jobs by: set it to about 0.02")
 

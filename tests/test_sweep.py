@@ -22,7 +22,7 @@ from diloco.metrics import EvalRecord, Metrics, RoundRecord
 from launch import jobs as jobs_module
 from launch.comparing import Outcome, Point, as_csv, read_course, read_sweep, report, swept, table
 from launch.drawing import picture
-from launch.jobs import SweepJob, environment, make_job, run_jobs, split_regions, why
+from launch.jobs import SweepJob, check, environment, make_job, run_jobs, split_regions, why
 from launch.regions import Region, find_override
 from launch.svg import linear, logarithmic
 from launch.sweep import choose_dir
@@ -48,15 +48,26 @@ def test_a_job_is_known_by_what_it_runs_and_not_by_how_that_is_written() -> None
 
 def test_jobs_share_neither_store_nor_name() -> None:
     one, two = (job(f"outer.lr={lr}", "run.store=s3://b/x y", "run.name=mine").overrides for lr in (1, 2))
-    for key, head in {"run.store": "s3://b/x y/", "run.name": "mine-"}.items():
+    for key, head in {"run.store": "s3://b/x y/s-", "run.name": "mine-"}.items():
         assert find_override(one, key).startswith(head) and find_override(one, key) != find_override(two, key)
     assert (
         find_override(job().overrides, "run.name").startswith("s-")
         and find_override(job().overrides, "run.store") is None
     )
     for shared in ("run.dir=x", "elastic.lighthouse=http://127.0.0.1:1"):
-        with pytest.raises(ConfigError, match=f"{shared} would be shared by all jobs"):
-            job(shared)
+        for given in (["+region=eu", shared], [f"+regions=[{{name: eu, overrides: ['{shared}']}}]"]):
+            with pytest.raises(ConfigError, match=f"{shared} would be shared by all jobs"):
+                make_job(given, Path("s"), 0)
+    with pytest.raises(ConfigError, match=r"run\.store in eu"):
+        make_job(["+regions=[{name: eu, overrides: ['run.store=x']}]"], Path("s"), 0)
+
+
+def test_a_store_of_a_recipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose = jobs_module.compose_config
+    monkeypatch.setattr(jobs_module, "compose_config", lambda given: compose(["run.store=s3://b/x", *given]))
+    with pytest.raises(ConfigError, match=r"run\.store=s3://b/x of a recipe would be shared"):
+        check([job()])
+    check([job("run.store=s3://b/y")])
 
 
 def test_regions_of_a_sweep() -> None:
