@@ -98,12 +98,12 @@ def check(jobs: Sequence[SweepJob]) -> None:
             if find_override(shared, "elastic.start_regions") is None:
                 own.append(f"elastic.start_regions={len(job.regions)}")
             cfg = compose_config([*shared, *own, *region.overrides])
-            validate(cfg, region.nproc)
             if cfg.run.store and find_override(shared, "run.store") is None:
                 raise ConfigError(
                     f"run.store={cfg.run.store} of a recipe would be shared by all jobs of a sweep: set run.store on the "
                     "command line, where each job gets a place of its own in it"
                 )
+            validate(cfg, region.nproc)
             if not cfg.data.holdout and not cfg.data.sources:
                 raise ConfigError("data.holdout=0 leaves nothing to compare jobs by: set it to about 0.02")
 

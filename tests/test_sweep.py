@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from diloco.errors import ConfigError
 from diloco.metrics import EvalRecord, Metrics, RoundRecord
 from launch import jobs as jobs_module
+from launch import sweep as sweep_module
 from launch.comparing import Outcome, Point, as_csv, read_course, read_sweep, report, swept, table
 from launch.drawing import picture
 from launch.jobs import SweepJob, check, environment, make_job, run_jobs, split_regions, why
@@ -67,7 +68,6 @@ def test_a_store_of_a_recipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(jobs_module, "compose_config", lambda given: compose(["run.store=s3://b/x", *given]))
     with pytest.raises(ConfigError, match=r"run\.store=s3://b/x of a recipe would be shared"):
         check([job()])
-    check([job("run.store=s3://b/y")])
 
 
 def test_regions_of_a_sweep() -> None:
@@ -122,6 +122,20 @@ def test_the_same_command_finds_its_sweep() -> None:
     assert choose_dir(["sweep.dir=x"]) == Path("x").absolute()
     with pytest.raises(ConfigError, match=r"set sweep\.dir=DIR"):
         choose_dir(["hydra.sweep.dir=x"])
+
+
+def test_a_sweep_that_breaks_is_reported_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "it's, {odd} = $x"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    monkeypatch.setattr(sys, "argv", ["sweep", "+region=eu", "outer.lr=1,2"])
+    monkeypatch.setattr(sweep_module, "hydrate", lambda: 1 / 0)
+    reported = list[Path]()
+    monkeypatch.setattr(sweep_module, "report", reported.append)
+    with pytest.raises(ZeroDivisionError):
+        sweep_module.sweep(sys.argv[1:])
+    assert [str(path) for path in reported] == [find_override(sys.argv[-1:], "sweep.dir")]
+    assert reported[0].parent == odd / "sweeps"
 
 
 def test_optuna_keeps_a_study_in_a_database(tmp_path: Path) -> None:
