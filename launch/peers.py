@@ -125,11 +125,11 @@ def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:
     meeting.reached.add(peer.member)
     found = (
         f"round trip {1000 * way.rtt:.1f} ms, {way.up * 8e-6:,.0f} Mbit/s up, {way.down * 8e-6:,.0f} Mbit/s down, "
-        f"{'ports open both ways' if way.back == '' else 'its ports are open'}"
+        f"{'ports open both ways' if way.back == probing.OPEN else 'its ports are open'}"
     )
     values = {"member": peer.member, "rtt": way.rtt, "up": way.up, "down": way.down}
     findings = [Finding(name, OK, found, values=values), clock(f"{region_of(peer.member)}'s", way.clock)]
-    if way.back:
+    if way.back in (probing.REFUSED, probing.SILENT):
         here = meeting.endpoint.partition(":")[0]
         remedy = f"open all ports of {here} for it, or set elastic.gateway or elastic.dial_only=true"
         findings.append(Finding(name, FAIL, f"it cannot dial {meeting.endpoint}: {way.back}", remedy))

@@ -135,7 +135,9 @@ def _engine(engine: str, own: dict[str, str], job: Job) -> Callable[[str], tuple
         return lambda file: kubernetes(job, file, own["image"])
     resources = _parsed("resources", own["resources"], dict, "{infra: aws/eu-central-1, use_spot: true}")
     if "job_recovery" in resources:
-        raise ConfigError("resources has job_recovery, which is for max_restarts to say: leave it out, set max_restarts=3")
+        raise ConfigError(
+            "resources has job_recovery, which is for max_restarts to say: leave it out, set max_restarts=3"
+        )
     if job.gpus and not own["gpu"] and not {"accelerators", "any_of", "ordered"} & resources.keys():
         raise ConfigError("gpu is not set: add gpu=H100 or another of `sky show-gpus`, or parallel.device=cpu")
     gpus = {"accelerators": f"{own['gpu']}:{job.nproc}"} if own["gpu"] else {}
