@@ -56,9 +56,9 @@ def test_jobs_share_neither_store_nor_name() -> None:
         and find_override(job().overrides, "run.store") is None
     )
     for shared in ("run.dir=x", "elastic.lighthouse=http://127.0.0.1:1"):
-        for given in (["+region=eu", shared], [f"+regions=[{{name: eu, overrides: ['{shared}']}}]"]):
+        for overrides in (["+region=eu", shared], [f"+regions=[{{name: eu, overrides: ['{shared}']}}]"]):
             with pytest.raises(ConfigError, match=f"{shared} would be shared by all jobs"):
-                make_job(given, Path("s"), 0)
+                make_job(overrides, Path("s"), 0)
     with pytest.raises(ConfigError, match=r"run\.store in eu"):
         make_job(["+regions=[{name: eu, overrides: ['run.store=x']}]"], Path("s"), 0)
 
