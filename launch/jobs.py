@@ -118,8 +118,9 @@ def run_jobs(jobs: Sequence[SweepJob], parallel: int) -> list[float]:
         raise ConfigError(f"sweep.parallel={parallel} is not a number of jobs: set it to 1 or more")
     todo = {}
     for job in jobs:
-        if state(job) == "done" or complete(job):
-            record(job, "done")
+        if state(job) != "done" and complete(job):
+            record(job, "done")  # it was killed before it could
+        if state(job) == "done":
             say(job, f"done before: {result(job)} ({job.dir})")
         else:
             todo[job.dir] = job  # once: a sweeper may ask for the same twice
