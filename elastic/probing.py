@@ -3,11 +3,12 @@ can dial back. Every rank answers (`serve`); `launch.doctor` asks."""
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from elastic import tcp
@@ -87,12 +88,15 @@ def _serve_flood(connection: Connection, kind: str, seconds: float, turns: threa
 
 @contextmanager
 def _limited(connection: Connection) -> Iterator[None]:
-    """Closes it if what is within takes too long, whatever the peer does. Raises TimeoutError then."""
+    """Ends it if what is within takes too long, whatever the peer does. Raises TimeoutError then."""
     late = threading.Event()
 
     def expire() -> None:
         late.set()
-        connection.close()
+        with suppress(
+            OSError
+        ):  # it is closed. Closing is for its own thread, which might read from the next one of that number
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(LONGEST + DRAIN, expire)
     timer.daemon = True
