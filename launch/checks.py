@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -117,7 +118,8 @@ def disk(cfg: Config) -> Finding:
     """For run.dir, and for the checkpoints if the store is a directory in it."""
     path = Path(cfg.run.dir).absolute()
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    with torch.device("meta"):
+    count = 0
+    with suppress(ConfigError, RuntimeError), torch.device("meta"):  # what is wrong with it is for `validate` to say
         count = sum(p.numel() for p in build_module(cfg, 1).parameters())
     need = GIB if "://" in store_url(cfg) else GIB + (cfg.ckpt.keep + 1) * 16 * count  # θ, momentum and AdamW's moments
     found, values = f"{free / GIB:.0f} GiB free for run.dir={cfg.run.dir}", {"free": free, "needed": need}

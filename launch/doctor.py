@@ -156,7 +156,7 @@ def _peers(
             )
         peers = meeting.find(request.peers, request.wait)
         found = [f for p in peers for f in examine(meeting, p, request.seconds if p.facts else LIVE_SECONDS)]
-        names = {region_of(peer.member) for peer in peers}
+        names = meeting.regions(peers)
         if len(names) < request.peers:
             told = f"{len(names)} of {request.peers} came within {request.wait:g} s"
             found.append(

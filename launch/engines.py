@@ -93,6 +93,8 @@ def slurm(job: Job, file: str, options: Sequence[str]) -> tuple[str, list[str]]:
         *(f"#SBATCH {option}" for option in settings),
         "set -euo pipefail",
         *(f': "${{{name}:?is not set: export it before sbatch}}"' for name in job.secrets),
+        # srun has not read this one since Slurm 22.05; if it is not set, the task has all CPUs of the job.
+        '[[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
         'read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         f"exec srun --ntasks-per-node=1 {_shell(command)}",
     ]
@@ -109,7 +111,7 @@ def kubernetes(job: Job, file: str, image: str) -> tuple[str, list[str]]:
     container: dict[str, Any] = {
         "name": "train",
         "image": image,
-        "command": [part.replace("$(", "$$(") for part in command],
+        "command": [part.replace("$", "$$") for part in command],  # $(NAME) would be a variable
         "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
         **({"envFrom": [{"secretRef": {"name": job.name}}]} if job.secrets else {}),
         **({"resources": {"limits": {"nvidia.com/gpu": str(job.nproc)}}} if job.gpus else {}),
@@ -153,7 +155,7 @@ def kubernetes(job: Job, file: str, image: str) -> tuple[str, list[str]]:
 def _kubectl(job: Job, file: str) -> list[str]:
     commands = []
     if job.secrets:
-        values = " ".join(f'--from-literal={name}="${name}"' for name in job.secrets)
+        values = " ".join(f'--from-literal={name}="${{{name}:?}}"' for name in job.secrets)
         commands.append(f"kubectl create secret generic {job.name} {values}")
     if job.tls:
         values = " ".join(f"--from-file={shlex.quote(path)}" for path in files(job.tls, job.region))

@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt.store import Store
 from diloco.composing import compose_config
 from diloco.config import validate
 from diloco.errors import ConfigError
+from diloco.fold import JournalError
+from diloco.journal import Journal
 from diloco.metrics import duration
 from launch.comparing import RECORD, final
 from launch.process import Job, Lines, Stop, child_command, supervise
@@ -49,6 +52,10 @@ def make_job(overrides: Sequence[str], sweep_dir: Path, num: int) -> SweepJob:
     """Raises ConfigError if no region is named, or if it could not be kept apart from its neighbours."""
     kept = [text for text in overrides if parse_override(text).key_or_group.split(".")[0] != "sweep"]
     regions, rest = split_regions(kept)
+    for part in (rest, *(region.overrides for region in regions)):
+        check_shared(part)
+    if inside := [region for region in regions if find_override(region.overrides, "run.store") is not None]:
+        raise ConfigError(f"regions has run.store in {inside[0].name}, but a run has one store: set it for all regions")
     values = {o.key_or_group: ("(deleted)" if o.is_delete() else o.value()) for o in map(parse_override, kept)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return SweepJob(num, values, tuple(regions), (*apart(rest, sweep_dir.name, digest),), sweep_dir / digest)
@@ -63,17 +70,22 @@ def split_regions(overrides: Sequence[str]) -> tuple[list[Region], list[str]]:
     return check_regions([name] if several is None else several), rest
 
 
-def apart(overrides: Sequence[str], sweep: str, job: str) -> list[str]:
-    """The overrides with a store and a name of the job's own. Raises ConfigError for what jobs cannot share."""
+def check_shared(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for what jobs cannot share."""
     for key, why in {
         "run.dir": "every job has a directory of its own: set sweep.dir to where they shall be",
         "elastic.lighthouse": "every job starts a lighthouse of its own: leave it out",
     }.items():
         if (value := find_override(overrides, key)) is not None:
             raise ConfigError(f"{key}={value} would be shared by all jobs of a sweep, but {why}")
+
+
+def apart(overrides: Sequence[str], sweep: str, job: str) -> list[str]:
+    """The overrides with a store and a name of the job's own."""
     store = find_override(overrides, "run.store")
     name = find_override(overrides, "run.name") or sweep
-    own = [override("run.name", f"{name}-{job}"), *([override("run.store", f"{store}/{job}")] if store else [])]
+    own = [override("run.name", f"{name}-{job}")]
+    own += [override("run.store", f"{store}/{sweep}-{job}")] if store else []
     return [*(o for o in overrides if parse_override(o).key_or_group not in ("run.name", "run.store")), *own]
 
 
@@ -86,6 +98,11 @@ def check(jobs: Sequence[SweepJob]) -> None:
             if find_override(shared, "elastic.start_regions") is None:
                 own.append(f"elastic.start_regions={len(job.regions)}")
             cfg = compose_config([*shared, *own, *region.overrides])
+            if cfg.run.store and find_override(shared, "run.store") is None:
+                raise ConfigError(
+                    f"run.store={cfg.run.store} of a recipe would be shared by all jobs of a sweep: set run.store on the "
+                    "command line, where each job gets a place of its own in it"
+                )
             validate(cfg, region.nproc)
             if not cfg.data.holdout and not cfg.data.sources:
                 raise ConfigError("data.holdout=0 leaves nothing to compare jobs by: set it to about 0.02")
@@ -101,6 +118,8 @@ def run_jobs(jobs: Sequence[SweepJob], parallel: int) -> list[float]:
         raise ConfigError(f"sweep.parallel={parallel} is not a number of jobs: set it to 1 or more")
     todo = {}
     for job in jobs:
+        if state(job) != "done" and complete(job):
+            record(job, "done")  # it was killed before it could
         if state(job) == "done":
             say(job, f"done before: {result(job)} ({job.dir})")
         else:
@@ -150,15 +169,16 @@ class Running:
     def _end(self, process: Job) -> bool:
         job = self._jobs[process.name]
         self._left -= 1
-        if self._stop.times:
-            say(job, "stopped: the same command goes on with it")
-        elif why := failure(job, process.code or 0):
-            record(job, "failed", why)
-            say(job, f"failed: {why} (all of it: {job.dir / 'log.txt'})")
-        else:
+        if complete(job):
             record(job, "done")
             took = duration(time.monotonic() - self._started[job.name])
             say(job, f"done after {took}: {result(job)}; {self._left} to go")
+        elif self._stop.times:
+            say(job, "stopped: the same command goes on with it")
+        else:
+            why = failure(job, process.code or 0)
+            record(job, "failed", why)
+            say(job, f"failed: {why} (all of it: {job.dir / 'log.txt'})")
         return False
 
 
@@ -207,11 +227,29 @@ def result(job: SweepJob) -> str:
     )
 
 
+def complete(job: SweepJob) -> bool:
+    """It has a result, and its run has come to its end, whatever its processes' exit codes were."""
+    return final(job.dir) is not None and finished(job)
+
+
+def finished(job: SweepJob) -> bool:
+    """The journal says that the run has stopped because it was all done."""
+    try:
+        journal = Journal(Store(str(find_override(job.overrides, "run.store") or job.dir / "store")))
+        journal.read()
+    except (OSError, JournalError) as error:
+        say(job, f"whether its run is done is not known: {error}")
+        return False
+    return journal.state is not None and journal.state.stopped is not None and journal.state.finished is not None
+
+
 def failure(job: SweepJob, code: int) -> str:
-    """Why it failed, in a sentence; empty if it did not."""
+    """Why it failed, in a sentence, if it is not complete."""
     if code:
         return why((job.dir / "log.txt").read_text().splitlines()) or f"exit code {code}"
-    return "" if final(job.dir) else "it wrote no held-out loss: set data.holdout > 0"
+    if final(job.dir) is None:
+        return "it wrote no held-out loss: set data.holdout > 0"
+    return "its run was stopped before its end: see its journal"
 
 
 def why(lines: Sequence[str]) -> str:

@@ -4,10 +4,12 @@ is not asked: whoever knocks there counts among those whose absence delays a quo
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,8 @@ from elastic import probing
 from elastic.addresses import own_host
 from elastic.node import Identity, Node
 from elastic.security import Security, region_of
-from launch.checks import FAIL, OK, Finding, clock
+from elastic.wire import NONSENSE
+from launch.checks import FAIL, OK, WARN, Finding, clock
 
 FOLDER = "doctor"
 STALE = 600.0
@@ -36,6 +39,21 @@ class Peer:
     """Of its ranks, and of their exchanges; empty strings if they cannot be dialled."""
     facts: Mapping[str, Any]
     """What a doctor says of its machine; nothing of a member of a live run."""
+
+
+def parse(data: bytes) -> Peer:
+    """A doctor's entry. Raises one of NONSENSE if it is none."""
+    said = json.loads(data)
+    facts = said["facts"]
+    devices: list[dict[str, Any]] = [
+        {**{key: str(d[key]) for key in ("where", "device", "kind")}, "flops": float(d["flops"])}
+        for d in facts.get("devices", [])
+    ]
+    software = {str(name): str(version) for name, version in facts.get("software", {}).items()}
+    member = str(said["member"])
+    if not region_of(member) or not all(0 < d["flops"] < math.inf for d in devices):
+        raise ValueError(member)
+    return Peer(member, (str(said["endpoint"]),), {"software": software, "devices": devices})
 
 
 class Meeting:
@@ -74,21 +92,30 @@ class Meeting:
         until = time.monotonic() + seconds
         while True:
             found = self._look()
-            if len({region_of(peer.member) for peer in found}) >= count or time.monotonic() > until:
+            if len(self.regions(found)) >= count or time.monotonic() > until:
                 return found
             time.sleep(POLL)
 
+    def regions(self, peers: Sequence[Peer]) -> set[str]:
+        """Those of them that are not this one, which may have more machines."""
+        return {region_of(peer.member) for peer in peers} - {self.cfg.region.name}
+
     def _look(self) -> list[Peer]:
-        living = [] if self.state is None else list(self.state.members.values())
-        found = [Peer(m.id, (*m.endpoints, *m.data), {}) for m in living if m.region != self.cfg.region.name]
+        """Doctors, and members of a live run in regions that have none."""
+        doctors = self._doctors()
+        there = {self.cfg.region.name, *self.regions(doctors)}
+        ended = self.state is None or self.state.stopped is not None
+        members = [] if ended or self.state is None else list(self.state.members.values())
+        living = [Peer(m.id, (*m.data, *m.endpoints), {}) for m in members if m.region not in there]
+        return [*living, *doctors]
+
+    def _doctors(self) -> list[Peer]:
+        found = []
         for key, age in self.store.ages(FOLDER).items():
             if key == self._key or age > STALE:
                 continue
-            try:
-                said = json.loads(self.store.read(key))
-            except FileNotFoundError:
-                continue  # it is gone
-            found.append(Peer(said["member"], (said["endpoint"],), said["facts"]))
+            with suppress(FileNotFoundError, RecursionError, *NONSENSE):  # it is gone, or no doctor wrote it
+                found.append(parse(self.store.read(key)))
         return found
 
     def close(self, peers: Sequence[Peer]) -> None:
@@ -118,6 +145,9 @@ def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:
         for endpoint in peer.endpoints[1:]:
             meeting.node.release(meeting.node.dial(endpoint, "probe", probing.SILENCE)[0])
     except OSError as error:
+        if not peer.facts:
+            found = f"{peer.member} at {ports} is in the journal, and does not answer: {error}"
+            return [Finding(name, WARN, found, "its run may have ended; if not, open the way there")]
         remedy = (
             "open the way from here to there, all ports (or elastic.gateway), and use the same certificates or secret"
         )
@@ -125,11 +155,11 @@ def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:
     meeting.reached.add(peer.member)
     found = (
         f"round trip {1000 * way.rtt:.1f} ms, {way.up * 8e-6:,.0f} Mbit/s up, {way.down * 8e-6:,.0f} Mbit/s down, "
-        f"{'ports open both ways' if way.back == '' else 'its ports are open'}"
+        f"{'ports open both ways' if way.back == probing.OPEN else 'its ports are open'}"
     )
     values = {"member": peer.member, "rtt": way.rtt, "up": way.up, "down": way.down}
     findings = [Finding(name, OK, found, values=values), clock(f"{region_of(peer.member)}'s", way.clock)]
-    if way.back:
+    if way.back in (probing.REFUSED, probing.SILENT):
         here = meeting.endpoint.partition(":")[0]
         remedy = f"open all ports of {here} for it, or set elastic.gateway or elastic.dial_only=true"
         findings.append(Finding(name, FAIL, f"it cannot dial {meeting.endpoint}: {way.back}", remedy))

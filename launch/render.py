@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,10 @@ def _engine(engine: str, own: dict[str, str], job: Job) -> Callable[[str], tuple
             raise ConfigError("image is not set: add image=IMAGE, a container image with this package in it")
         return lambda file: kubernetes(job, file, own["image"])
     resources = _parsed("resources", own["resources"], dict, "{infra: aws/eu-central-1, use_spot: true}")
+    if "job_recovery" in resources:
+        raise ConfigError(
+            "resources has job_recovery, which is for max_restarts to say: leave it out, set max_restarts=3"
+        )
     if job.gpus and not own["gpu"] and not {"accelerators", "any_of", "ordered"} & resources.keys():
         raise ConfigError("gpu is not set: add gpu=H100 or another of `sky show-gpus`, or parallel.device=cpu")
     gpus = {"accelerators": f"{own['gpu']}:{job.nproc}"} if own["gpu"] else {}
@@ -214,13 +219,12 @@ def _parsed(key: str, value: str, kind: type, example: str) -> Any:
 
 def write(rendered: Rendered) -> None:
     """Raises ConfigError if something else is there."""
-    path = rendered.path
+    path, data = rendered.path, rendered.text.encode()
     try:
-        with path.open("x") as file:
-            file.write(rendered.text)
-    except FileExistsError:
-        if path.read_text() != rendered.text:
-            raise ConfigError(f"{path} is there already, with other contents: remove it, or set out=FILE") from None
+        with suppress(FileExistsError), path.open("xb") as file:
+            file.write(data)
+        if path.read_bytes() != data:
+            raise ConfigError(f"{path} is there already, with other contents: remove it, or set out=FILE")
     except OSError as error:
         raise ConfigError(
             f"out={path} cannot be written ({error.strerror}): set it to a file in a directory of yours"

@@ -29,7 +29,7 @@ from diloco.config import explain
 from diloco.errors import ConfigError
 from launch.comparing import read_sweep, report
 from launch.jobs import make_job, run_jobs
-from launch.regions import find_override, parse_override
+from launch.regions import find_override, override, parse_override
 
 EXTRAS = {
     "hydra/sweeper=optuna": ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
@@ -94,7 +94,7 @@ def sweep(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{choice} needs a plugin that is not installed: run pip install 'diloco[{extra}]'")
     directory = choose_dir(overrides)
     if find_override(overrides, "sweep.dir") is None:
-        sys.argv.append(f"sweep.dir={directory}")
+        sys.argv.append(override("sweep.dir", str(directory)))
     if {*flags} & {*FLAGS}:
         return hydrate()
     stopped = False
@@ -103,7 +103,8 @@ def sweep(arguments: Sequence[str]) -> int:
             hydrate()
         except KeyboardInterrupt:
             stopped = True
-        report(directory)
+        finally:
+            report(directory)
     return 130 if stopped else int(any(job.state == "failed" for job in read_sweep(directory)))
 
 

@@ -14,17 +14,22 @@ from typing import Any
 import pytest
 
 from ckpt.store import Store
+from diloco.composing import compose_config
+from diloco.journal import Journal
 from elastic import probing
 from elastic.node import Identity, Node
+from elastic.security import OPEN
 from launch.certs import issue
-from launch.checks import OK, WARN, Finding, clock, slow
+from launch.checks import OK, WARN, Finding, clock, disk, slow
 from launch.doctor import main
+from launch.peers import Meeting, Peer, examine
 from tests.e2e.cluster import Cluster
 from tests.e2e.conftest import cluster as cluster
 from tests.e2e.test_by_hand import ENDLESS, entries
 from tests.ports import free_port
 from tests.s3_server import BUCKET
 from tests.test_store import Overwriting
+from tests.test_summary import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = ["+region=eu", "wait=0", "seconds=0.3"]
@@ -112,8 +117,13 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_closed_port(local: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside entries that no doctor wrote."""
     entry = {"member": "us_1", "endpoint": f"127.0.0.1:{free_port()}", "facts": {}}
-    Store(str(tmp_path / "run/store")).write("doctor/us_1.json", json.dumps(entry).encode())
+    store = Store(str(tmp_path / "run/store"))
+    store.write("doctor/us_1.json", json.dumps(entry).encode())
+    odd = [{}, [], {**entry, "facts": None}, {**entry, "facts": {"devices": [{"flops": 1}]}}, {**entry, "member": 1}]
+    for number, value in enumerate([*map(json.dumps, odd), "{", "[" * 100_000]):
+        store.write(f"doctor/odd_{number}.json", value.encode())
     assert main(local) == 1
     said = failed(capsys.readouterr().out, "peer us")
     assert entry["endpoint"] in said and "Connection refused" in said and "open the way" in said
@@ -126,10 +136,41 @@ def test_a_peer_that_cannot_dial_back_says_why() -> None:
         probing.serve(node)
     closed = f"127.0.0.1:{free_port()}"
     way = probing.measure(nodes[0], nodes[1].endpoint, closed, 0.5, "")
-    assert way.back is not None and "refused" in way.back and way.up > 1e6 and abs(way.clock) < 1
-    assert probing.measure(nodes[0], nodes[1].endpoint, nodes[0].endpoint, 0.5, "").back == ""
+    assert way.back == probing.REFUSED and way.up > 1e6 and abs(way.clock) < 1
+    assert probing.measure(nodes[0], nodes[1].endpoint, nodes[0].endpoint, 0.5, "").back == probing.OPEN
     for node in nodes:
         node.close()
+
+
+def test_whom_a_doctor_looks_for(tmp_path: Path) -> None:
+    """Not for members of a run that has ended, nor for those in regions with a doctor; and a machine of its own region is none of
+    the others."""
+    write_run(tmp_path)
+    store, cfg = Store(str(tmp_path / "store")), compose_config(["+region=eu"])
+    states = []
+    for _ in range(2):
+        journal = Journal(store)
+        journal.read()
+        states.append(journal.state)
+        store.delete(max(store.list("journal")))
+    (ended, live), found = states, []
+    entry = {"member": "eu_7", "endpoint": "h:3", "facts": {}}
+    for state in (ended, live):
+        meeting = Meeting(cfg, store, OPEN, state, {})
+        found.append(meeting.find(0, 0))
+        if state is live:
+            assert live is not None and found == [[], [Peer("us_2", ("h:2", "h:1"), {})]]
+            (silent,) = examine(meeting, Peer("us_2", (f"127.0.0.1:{free_port()}",), {}), 0.1)
+            assert silent.state == WARN and "is in the journal, and does not answer" in silent.found
+            store.write("doctor/eu_7.json", json.dumps(entry).encode())
+            assert meeting.regions(meeting.find(0, 0)) == {"us"} and meeting.regions(meeting.find(0, 0)[1:]) == set()
+            store.write("doctor/us_8.json", json.dumps({**entry, "member": "us_8"}).encode())
+            assert {peer.member for peer in meeting.find(0, 0)} == {"eu_7", "us_8"}
+        meeting.close([])
+
+
+def test_wrong_settings_of_the_model_are_for_the_config_to_tell() -> None:
+    assert disk(compose_config(["+region=eu", "++model.args.nonsense=1"])).state == OK
 
 
 def test_an_expired_certificate(local: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

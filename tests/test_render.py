@@ -4,6 +4,7 @@ reads them."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
@@ -21,7 +22,7 @@ from launch.render import main, render
 RENDERED = Path(__file__).parent / "rendered"
 RUN = ["+region=eu", "elastic.lighthouse=http://10.0.0.1:29510", "run.store=s3://bucket/run", "inner.batch=16"]
 CASES = {
-    "diloco-eu.sbatch": ["slurm", *RUN, "nodes=2", "sbatch=[--partition=gpu, --time=24:00:00]"],
+    "diloco-eu.sbatch": ["slurm", *RUN, "nodes=2", "sbatch=[--partition=gpu, --cpus-per-task=64]"],
     "diloco-eu.yaml": [
         "k8s",
         *RUN,
@@ -78,7 +79,7 @@ def test_skypilot_knows_every_field_of_the_task() -> None:
 def executed(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """The script, with stand-ins for the engine that print what they are given."""
     for name, text in {
-        "srun": 'shift; exec "$@"',
+        "srun": 'shift; echo "cpus: ${SRUN_CPUS_PER_TASK:-}" >&2; exec "$@"',
         "torchrun": "printf '%s\\0' \"$@\"",
         "scontrol": 'printf "node%s\\n" $(seq 5000)',
     }.items():
@@ -93,6 +94,7 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)
 
 @settings(max_examples=15)
 @given(override=TEXT)
+@example(override="a=$(b)$$(c)$$")
 def test_overrides_arrive_as_they_were_given(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
     folder = tmp_path_factory.mktemp("shell", numbered=True)
     job = Job(**{**vars(JOB), "overrides": ("+region=eu", override)})
@@ -100,6 +102,7 @@ def test_overrides_arrive_as_they_were_given(tmp_path_factory: pytest.TempPathFa
     done = executed(folder, script, DILOCO_SECRET="s", SLURM_JOB_ID="70123", SLURM_JOB_NODELIST="node[1-5000]")
     arguments = done.stdout.decode().split("\0")[:-1]
     assert done.returncode == 0 and arguments[-2:] == ["+region=eu", override], done
+    assert b"cpus: \n" in done.stderr
     assert {"--rdzv-endpoint=node1:20123", "--rdzv-id=70123", "--nnodes=2", "--max-restarts=3"} <= set(arguments)
     task = yaml.safe_load(skypilot(Job(**{**vars(job), "tls": "certs"}), "file", "true", {})[0])
     done = executed(folder, task["run"], SKYPILOT_NODE_IPS="10.1.1.1\n10.1.1.2", SKYPILOT_TASK_ID="sky-1")
@@ -108,12 +111,20 @@ def test_overrides_arrive_as_they_were_given(tmp_path_factory: pytest.TempPathFa
     assert "--rdzv-endpoint=10.1.1.1:29500" in arguments and task["secrets"] == {"DILOCO_SECRET": None}
     pod = yaml.safe_load(kubernetes(job, "file", "image")[0])["spec"]["replicatedJobs"][0]["template"]["spec"]
     command = pod["template"]["spec"]["containers"][0]["command"]
-    assert command[-1].replace("$$(", "$(") == override.replace("$$(", "$(")
+    kubelets = re.sub(r"\$(\$|\([^)]*\))", lambda found: "$" if found[1] == "$" else "", command[-1])
+    assert kubelets == override
 
 
 def test_a_secret_that_is_not_set_is_one_sentence(tmp_path: Path) -> None:
     done = executed(tmp_path, slurm(JOB, "file", [])[0], SLURM_JOB_ID="1", SLURM_JOB_NODELIST="node1")
     assert done.returncode != 0 and b"DILOCO_SECRET: is not set: export it before sbatch" in done.stderr
+    job = executed(tmp_path, "\n".join(kubernetes(JOB, "file", "i")[1]))
+    assert job.returncode != 0 and b"DILOCO_SECRET" in job.stderr and b"kubectl" not in job.stderr
+
+
+def test_srun_has_the_cpus_that_sbatch_was_asked_for(tmp_path: Path) -> None:
+    job = {"DILOCO_SECRET": "s", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_PER_TASK": "64"}
+    assert b"cpus: 64" in executed(tmp_path, slurm(JOB, "file", [])[0], **job).stderr
 
 
 # ---- the command ----
@@ -129,7 +140,7 @@ def test_it_writes_once_and_overwrites_nothing(
     assert dry.out == (RENDERED / "diloco-eu.yaml").read_text()
     assert main(arguments) == 0 and (tmp_path / "diloco-eu.yaml").read_text() == dry.out
     said = capsys.readouterr().out
-    assert '--from-literal=AWS_SECRET_ACCESS_KEY="$AWS_SECRET_ACCESS_KEY"' in said and "authority.key" not in said
+    assert '--from-literal=AWS_SECRET_ACCESS_KEY="${AWS_SECRET_ACCESS_KEY:?}"' in said and "authority.key" not in said
     assert "kubectl apply -f diloco-eu.yaml" in said
     assert main(arguments) == 0  # the same again
     assert main([*arguments, "grace=60"]) == 2 and (tmp_path / "diloco-eu.yaml").read_text() == dry.out
@@ -159,6 +170,8 @@ BAD = {
     "no gpu": (["skypilot", *RUN], ["gpu is not set"]),
     "resources": ([*SKY, "resources=[a]"], ["resources=[a] is not a dict"]),
     "out": (["slurm", *RUN, "out=no/where"], ["out=no/where cannot be written"]),
+    "out is a directory": (["slurm", *RUN, "out=."], ["out=. cannot be written", "Is a directory"]),
+    "recovery": ([*SKY, "resources={job_recovery: EAGER}"], ["resources has job_recovery", "max_restarts"]),
     "lighthouse": (["slurm", "+region=eu", "elastic.lighthouse=x"], ["elastic.lighthouse", "HOST:PORT"]),
 }
 

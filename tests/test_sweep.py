@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from diloco.errors import ConfigError
 from diloco.metrics import EvalRecord, Metrics, RoundRecord
 from launch import jobs as jobs_module
+from launch import sweep as sweep_module
 from launch.comparing import Outcome, Point, as_csv, read_course, read_sweep, report, swept, table
 from launch.drawing import picture
-from launch.jobs import SweepJob, environment, make_job, run_jobs, split_regions, why
+from launch.jobs import SweepJob, check, environment, make_job, run_jobs, split_regions, why
 from launch.regions import Region, find_override
 from launch.svg import linear, logarithmic
 from launch.sweep import choose_dir
+from tests.test_summary import write_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROUND = RoundRecord(3, 1, 2, 0, 1, ("eu_1", "us_2"), 256, 4, 1000, 1000, 0.1, 0.0, 1.0, "a" * 64)
@@ -47,15 +49,25 @@ def test_a_job_is_known_by_what_it_runs_and_not_by_how_that_is_written() -> None
 
 def test_jobs_share_neither_store_nor_name() -> None:
     one, two = (job(f"outer.lr={lr}", "run.store=s3://b/x y", "run.name=mine").overrides for lr in (1, 2))
-    for key, head in {"run.store": "s3://b/x y/", "run.name": "mine-"}.items():
+    for key, head in {"run.store": "s3://b/x y/s-", "run.name": "mine-"}.items():
         assert find_override(one, key).startswith(head) and find_override(one, key) != find_override(two, key)
     assert (
         find_override(job().overrides, "run.name").startswith("s-")
         and find_override(job().overrides, "run.store") is None
     )
     for shared in ("run.dir=x", "elastic.lighthouse=http://127.0.0.1:1"):
-        with pytest.raises(ConfigError, match=f"{shared} would be shared by all jobs"):
-            job(shared)
+        for overrides in (["+region=eu", shared], [f"+regions=[{{name: eu, overrides: ['{shared}']}}]"]):
+            with pytest.raises(ConfigError, match=f"{shared} would be shared by all jobs"):
+                make_job(overrides, Path("s"), 0)
+    with pytest.raises(ConfigError, match=r"run\.store in eu"):
+        make_job(["+regions=[{name: eu, overrides: ['run.store=x']}]"], Path("s"), 0)
+
+
+def test_a_store_of_a_recipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose = jobs_module.compose_config
+    monkeypatch.setattr(jobs_module, "compose_config", lambda given: compose(["run.store=s3://b/x", *given]))
+    with pytest.raises(ConfigError, match=r"run\.store=s3://b/x of a recipe would be shared"):
+        check([job()])
 
 
 def test_regions_of_a_sweep() -> None:
@@ -77,6 +89,23 @@ def test_what_is_asked_for_twice_runs_once(
     assert set(told) == {found[0].dir, found[1].dir} and {t["why"] for t in told.values()} == {"never"}
 
 
+def test_a_job_is_done_when_its_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the exit code of its launcher was, and also if nobody was there to note it."""
+    found = [make_job(["+region=eu", f"outer.lr={lr}"], tmp_path, num) for num, lr in enumerate((1, 2, 3))]
+    ends = []
+    for one in found:
+        write_run(one.dir)
+        ends.append(max((one.dir / "store" / "journal").iterdir()))
+    for end in ends[1:]:
+        end.rename(tmp_path / f"{end.parents[2].name}.end")
+    moves = f"import os; os.rename({str(tmp_path / found[1].dir.name)!r} + '.end', {str(ends[1])!r}); os._exit(1)"
+    commands = {1: [sys.executable, "-c", moves], 2: [sys.executable, "-c", ""]}
+    monkeypatch.setattr(jobs_module, "command", lambda job: commands[job.num])
+    assert [math.isfinite(loss) for loss in run_jobs(found, 2)] == [True, True, False]
+    told = [json.loads((one.dir / "job.json").read_text()) for one in found]
+    assert [t["state"] for t in told] == ["done", "done", "failed"] and "before its end" in told[2]["why"]
+
+
 def test_jobs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -93,6 +122,20 @@ def test_the_same_command_finds_its_sweep() -> None:
     assert choose_dir(["sweep.dir=x"]) == Path("x").absolute()
     with pytest.raises(ConfigError, match=r"set sweep\.dir=DIR"):
         choose_dir(["hydra.sweep.dir=x"])
+
+
+def test_a_sweep_that_breaks_is_reported_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "it's, {odd} = $x"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    monkeypatch.setattr(sys, "argv", ["sweep", "+region=eu", "outer.lr=1,2"])
+    monkeypatch.setattr(sweep_module, "hydrate", lambda: 1 / 0)
+    reported = list[Path]()
+    monkeypatch.setattr(sweep_module, "report", reported.append)
+    with pytest.raises(ZeroDivisionError):
+        sweep_module.sweep(sys.argv[1:])
+    assert [str(path) for path in reported] == [find_override(sys.argv[-1:], "sweep.dir")]
+    assert reported[0].parent == odd / "sweeps"
 
 
 def test_optuna_keeps_a_study_in_a_database(tmp_path: Path) -> None:
