@@ -143,10 +143,11 @@ def supervise(
     True, or when somebody asks for a stop, every job is asked to stop; after `stop_seconds`, or when somebody
     asks a second time, what is left is killed. Nobody waits for `servants`, but on_end hears of their end, too.
     at_once: so many of `jobs` are taken at a time, which may start each as it is taken; none after a stop."""
-    todo, running, serving, deadline = iter(jobs), list[Job](), list(servants), None
+    running = list(jobs) if at_once is None else []  # whatever was asked before: these are there and have to end
+    todo, serving, deadline = iter(jobs), list(servants), None
     while True:
-        if deadline is None and not stop.times:
-            running += islice(todo, None if at_once is None else at_once - len(running))
+        if at_once is not None and deadline is None and not stop.times:
+            running += islice(todo, at_once - len(running))
         if not running:
             return
         forward(lines, on_line, wait=0.1)
