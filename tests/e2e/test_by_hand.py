@@ -184,33 +184,3 @@ def test_launch_local_trains_unlike_regions_and_ctrl_c_stops_all(cluster: Cluste
         assert re.search(rf"^{name} +\| step \d+", said, re.MULTILINE), said
         assert re.search(rf"^{name} +\| round \d+.*eu_\d+, mars_\d+", said, re.MULTILINE), said
     assert re.search(r"^digests +equal in every round", said, re.MULTILINE), said
-
-
-def test_launch_sweep_ends_with_a_table(tmp_path: Path) -> None:
-    settings = [text for text in SMALL if not text.startswith("outer.lr")]
-    sweep = launch(
-        tmp_path,
-        "launch.sweep",
-        "-m",
-        "+region=eu",
-        "outer.lr=0.3,0.7",
-        "outer.sync_every=4",
-        "run.rounds=1",
-        f"hydra.sweep.dir={tmp_path}/sweep",
-        *settings,
-    )
-    try:
-        code = sweep.wait(150)
-    finally:
-        sweep.kill()
-    said = (tmp_path / "log").read_text()
-    assert code == 0 and "Traceback" not in said, said
-    header, *rows = said.splitlines()[-3:]
-    assert header.split() == ["held-out", "bits/byte", "job", "overrides"], said
-    losses = [float(row.split()[0]) for row in rows]
-    assert losses == sorted(losses) and all(1 < loss < 8 for loss in losses)
-    assert sorted(row.split()[2] for row in rows) == ["0", "1"]
-    for job, lr in enumerate(("0.3", "0.7")):
-        assert next(row for row in rows if row.split()[2] == str(job)).find(f"outer.lr={lr}") > 0
-        assert (tmp_path / "sweep" / str(job) / "eu" / "metrics.jsonl").exists()
-    assert processes_of(f"E2E_MARK={tmp_path}") == []
