@@ -39,6 +39,7 @@ from elastic.security import Security, region_of
 from launch import checks
 from launch.checks import FAIL, OK, WARN, Finding
 from launch.peers import Meeting, Peer, examine
+from launch.regions import split_own
 
 OWN = {"peers": "", "wait": "60", "seconds": "2"}
 LIVE_SECONDS = 0.5
@@ -55,15 +56,7 @@ class Request:
 
 def parse(argv: Sequence[str]) -> Request:
     """Raises ConfigError."""
-    own, overrides = dict(OWN), []
-    for text in argv:
-        key, equals, value = text.partition("=")
-        if text.startswith("-"):
-            raise ConfigError(f"{text} is not known here: --json is, everything else is key=value, see --help")
-        if equals and key in own:
-            own[key] = value
-        else:
-            overrides.append(text)
+    own, overrides = split_own(argv, OWN, "--json")
     cfg = compose_config(overrides)
     validate_anywhere(cfg, max(cfg.parallel.tp, 1))
     peers = _number("peers", own["peers"] or str(cfg.elastic.start_regions - 1))

@@ -27,7 +27,7 @@ from pathlib import Path
 from diloco.errors import ConfigError
 from elastic.security import ENVIRONMENT
 from launch.process import Job, Lines, Stop, child_command, forward, supervise
-from launch.regions import Region, find_override, naming, override, parse_override, parse_regions
+from launch.regions import Region, find_override, naming, override, parse_override, parse_regions, split_own
 from launch.wan import Lab, LabError, introduce, split_wan
 
 TRAIN, LIGHTHOUSE = "diloco.train", "elastic.lighthouse"
@@ -227,15 +227,7 @@ def new_run_dir() -> Path:
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[Region], float, list[str]]:
     """Regions, stop_seconds and the overrides of diloco.train. Raises ConfigError."""
-    own, overrides = {"regions": "[eu, us]", "stop_seconds": "60"}, []
-    for text in argv:
-        key, equals, value = text.partition("=")
-        if text.startswith("-"):
-            raise ConfigError(f"{text} is not an override: launch.local takes key=value only, see --help")
-        if equals and key in own:
-            own[key] = value
-        else:
-            overrides.append(text)
+    own, overrides = split_own(argv, {"regions": "[eu, us]", "stop_seconds": "60"}, "--help")
     try:
         stop_seconds = float(own["stop_seconds"])
     except ValueError as error:

@@ -42,7 +42,7 @@ from launch.describing import Plan, SitePlan, describe, failures, notes, picture
 from launch.failing import regional
 from launch.links import TIME, WanConfig
 from launch.planning import Schedule, Site, Way, Work, activation_bytes, checkpoint, join, memory, outlook, step_seconds
-from launch.regions import find_override
+from launch.regions import find_override, split_own
 from launch.sites import EXAMPLE, Place, names_of, parse_places, quantity, share
 from launch.wanconfig import split_wan
 
@@ -67,15 +67,7 @@ class Request:
 
 def parse(argv: Sequence[str]) -> Request:
     """Raises ConfigError."""
-    own, rest = dict(OWN), []
-    for text in argv:
-        key, equals, value = text.partition("=")
-        if text.startswith("-"):
-            raise ConfigError(f"{text} is not known here: --json is, everything else is key=value, see --help")
-        if equals and key in own:
-            own[key] = value
-        else:
-            rest.append(text)
+    own, rest = split_own(argv, OWN, "--json")
     if not own["regions"]:
         raise ConfigError(f"regions is not set: write {EXAMPLE}")
     wan, overrides = split_wan(rest, names_of(own["regions"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -72,6 +72,21 @@ def _region(entry: Any) -> Region:
     if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
         raise ConfigError(f"regions has overrides={overrides} in {entry}: write a list such as [parallel.tp=2]")
     return Region(name, nproc, tuple(overrides))
+
+
+def split_own(argv: Sequence[str], defaults: Mapping[str, str], flag: str) -> tuple[dict[str, str], list[str]]:
+    """The values of a command's own keys, and the other arguments, which are overrides. flag: one that it knows besides, for the
+    sentence of the ConfigError that another one raises."""
+    own, overrides = dict(defaults), []
+    for text in argv:
+        key, equals, value = text.partition("=")
+        if text.startswith("-"):
+            raise ConfigError(f"{text} is not known here: {flag} is, everything else is key=value")
+        if equals and key in own:
+            own[key] = value
+        else:
+            overrides.append(text)
+    return own, overrides
 
 
 def parse_override(text: str) -> Override:

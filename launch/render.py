@@ -40,7 +40,7 @@ from diloco.errors import ConfigError
 from elastic.addresses import host_port, is_local
 from elastic.security import ENVIRONMENT
 from launch.engines import Job, kubernetes, skypilot, slurm
-from launch.regions import parse_override
+from launch.regions import parse_override, split_own
 
 COMMON = {
     "nodes": "1",
@@ -72,19 +72,11 @@ class Rendered:
 
 def split(engine: str, argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """This command's own keys for the engine, and the overrides of diloco.train. Raises ConfigError."""
-    own, overrides = {**COMMON, **OWN[engine]}, []
     foreign = {key: other for other, keys in OWN.items() for key in keys if other != engine}
     for text in argv:
-        key, equals, value = text.partition("=")
-        if text.startswith("-"):
-            raise ConfigError(f"{text} is not known here: --dry-run is, everything else is key=value, see --help")
-        if equals and key in foreign:
+        if (key := text.partition("=")[0]) in foreign:
             raise ConfigError(f"{text} is for {foreign[key]}, not for {engine}: leave it out")
-        if equals and key in own:
-            own[key] = value
-        else:
-            overrides.append(text)
-    return own, overrides
+    return split_own(argv, {**COMMON, **OWN[engine]}, "--dry-run")
 
 
 def render(engine: str, argv: Sequence[str]) -> Rendered:

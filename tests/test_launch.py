@@ -303,7 +303,7 @@ def local(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("regions=[eu, eu]", "regions names eu more than once"),
         ("+region=eu", "+region=eu names one region: under launch.local write regions=[...]"),
         ("run.dir=a=[", "run.dir=a=[ is not an override"),
-        ("-m", "-m is not an override"),
+        ("-m", "-m is not known here"),
         ("stop_seconds=soon", "stop_seconds=soon is not a number"),
         ("run.dir=runs/${region.name}", "run.dir=runs/${region.name} differs from region to region"),
     ],
