@@ -342,7 +342,7 @@ def test_launchers(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
     assert [done.code for done in (local, sweep, nobody, regions)] == [2, 2, 2, 2], (local, sweep, nobody, regions)
     sentences = [line for name in ("eu", "us") for line in lines_about(local.out, name) if "outer" in line]
     assert 1 <= len(sentences) <= 2 and all("did you mean outer.lr?" in line for line in sentences), local
-    assert sweep.err == "unknown key outer.lrr: did you mean outer.lr?\n"
+    assert sweep.err == "launch.sweep: unknown key outer.lrr: did you mean outer.lr?\n"
     assert "add either +region=eu" in nobody.err and nobody.err.count("\n") == 1
     assert "unknown key ranks" in regions.err and regions.err.count("\n") == 1
     assert not any("Traceback" in done.out + done.err for done in (local, sweep, nobody, regions))

@@ -50,7 +50,10 @@ def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, frag
 def test_another_shape_goes_on(cluster: Cluster) -> None:
     """Killed with 2 x 1 rank, resumed by one region of 4 ranks with tensor parallelism: same θ and momentum at the
     resume, and a loss curve that goes on."""
-    cluster.kill_when(lambda: cluster.rounds() >= 5, *start_two(cluster))
+    regions = start_two(cluster)
+    cluster.kill_when(
+        lambda: len(cluster.records("eu", "round")) >= cluster.rounds() >= 5, *regions
+    )  # it says its last one
     at_resume = cluster.state()
     assert at_resume is not None
     cluster.start("asia", *BASE, "parallel.tp=2", nproc=4)
