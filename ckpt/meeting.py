@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TypeVar
 
 from ckpt.checkpoint import MANIFEST, commit_manifest
 from ckpt.format import FormatError
-from ckpt.parts import FOLDER, Attempt, Part, Settlement, decode_part, settle, to_hex
+from ckpt.parts import FOLDER, Attempt, Part, Settlement, decode_part, settle, skipped_key, to_hex
 from ckpt.retention import TOMBSTONE
 from ckpt.store import MissingError, Store, StoreError
 
@@ -62,9 +61,8 @@ class Meeting:
     _parts: dict[str, Part | None] = field(default_factory=dict)
     _made_up: set[int] = field(default_factory=set)
     _whole_since: float | None = None
-    _gone_on: dict[int, float] = field(default_factory=dict)
-    """Share -> when its member was first seen at a later attempt: it has skipped this one."""
-    _looked: float = 0.0
+    _skipped: dict[int, float] = field(default_factory=dict)
+    """Share -> when it was seen that its member skips this attempt."""
 
     def run(self) -> Outcome:
         pause = FIRST_LOOK
@@ -87,7 +85,7 @@ class Meeting:
         if f"{prefix}/{TOMBSTONE}" in keys:
             return Outcome("removed")
         if settled.missing:
-            self._help(settled.missing)
+            self._help(settled.missing, keys)
             return None
         return self._commit(settled)
 
@@ -101,16 +99,18 @@ class Meeting:
                     self._parts[key] = None
         return [part for part in self._parts.values() if part is not None]
 
-    def _help(self, missing: list[int]) -> None:
+    def _help(self, missing: list[int], keys: set[str]) -> None:
         """One after the other has its turn, lest all upload the same: of those that are here, if a member has skipped this
-        attempt, else of all, after a while. Members that wait for each other at different attempts would stay so."""
+        attempt, else of all, after a while. Members that waited for each other at different attempts would stay so."""
         attempt = self.attempt
         if not attempt.compare:
             return
-        self._look_further(missing)
+        for index in missing:
+            if skipped_key(attempt.prefix, attempt.members[index]) in keys:
+                self._skipped.setdefault(index, time.monotonic())
         turn = self.began + max(attempt.patience, 2 * self.took) + attempt.place * attempt.stagger
         for index in missing:
-            mine = self._gone_on.get(index, turn) + self._place() * attempt.stagger
+            mine = self._skipped.get(index, turn) + self._place() * attempt.stagger
             if index not in self._made_up and time.monotonic() >= min(turn, mine):
                 self.make_up(index)
                 self._made_up.add(index)
@@ -119,19 +119,6 @@ class Meeting:
         """Of this member among those that have uploaded something."""
         here = {part.member for part in self._parts.values() if part is not None}
         return sorted(here | {self.attempt.member}).index(self.attempt.member)
-
-    def _look_further(self, missing: list[int]) -> None:
-        """Which members have uploaded something of a later attempt."""
-        if (now := time.monotonic()) < self._looked + LOOK:
-            return
-        self._looked = now
-        root, _, number = self.attempt.prefix.rpartition("/")
-        part = re.compile(re.escape(root) + rf"/([0-9]{{1,18}})/{FOLDER}/(.+)-[0-9]+-[0-9a-f]+\.json")
-        found = [match.groups() for key in self.store.list(root) if (match := part.fullmatch(key))]
-        later = {member for seq, member in found if int(seq) > int(number)}
-        for index in missing:
-            if self.attempt.members[index] in later:
-                self._gone_on.setdefault(index, now)
 
     def _commit(self, settled: Settlement) -> Outcome | None:
         """Rank 0 of the first at once, of the others later, in case that those are gone."""

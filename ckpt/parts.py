@@ -116,6 +116,11 @@ def shards(pieces: Iterator[Held], size: int = SHARD) -> Iterator[tuple[Held, ..
         yield tuple(group)
 
 
+def skipped_key(prefix: str, member: str) -> str:
+    """Says that the member does not take part in this attempt: others need not wait for its share."""
+    return f"{prefix}/{FOLDER}/{member}-skipped"
+
+
 def shard_name(attempt: Attempt, pieces: Sequence[Held]) -> str:
     """The same for the same pieces of this rank, and for no others."""
     cut = json.dumps([[p.plane, p.fragment, p.start, p.stop] for p in pieces])

@@ -33,7 +33,7 @@ def save(trainer: Trainer, among: Among, wait: bool = False) -> None:
     if wait:
         finish(trainer)
     if not saver.free():
-        saver.skipped += 1
+        saver.skip(state, among)
         trainer.report.not_saved(state.seq, f"the one before is still being uploaded; {saver.skipped} skipped so far")
         return
     member = state.members.get(trainer.links.member)  # not one yet, if it has just come

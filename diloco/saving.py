@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ckpt.arena import Arena
-from ckpt.parts import ITEM, Attempt, Held
+from ckpt.parts import ITEM, Attempt, Held, skipped_key
 from ckpt.retention import Rules
+from ckpt.store import StoreError
 from ckpt.uploads import Uploads
 from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import RESIDUAL, Checkpoints, selections
@@ -76,6 +79,17 @@ class Saver:
         """Whether no rank's arena is being uploaded. If one is, the save is skipped."""
         busy = b"busy" if self.uploads.busy() else b""
         return not any(self.checkpoints.region.gather_bytes(busy))
+
+    def skip(self, state: State, among: Among) -> None:
+        """The others hear of it, if the store answers: they would wait for this region's share."""
+        self.skipped += 1
+        if self.checkpoints.region.rank == 0 and self.member in among.members and len(among.members) > 1:
+            key = skipped_key(f"{self.checkpoints.root}/{state.seq}", self.member)
+            threading.Thread(target=self._say, args=(key,), name="skipped", daemon=True).start()
+
+    def _say(self, key: str) -> None:
+        with suppress(StoreError):
+            self.checkpoints.store.create(key, b"")
 
     def wait(self, progress: Callable[[], None]) -> None:
         """Until the arena is free, which it is once the deadline of the upload has passed. progress: called meanwhile."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ckpt.checkpoint import load_manifest
+from ckpt.parts import skipped_key
 from ckpt.reading import Reader, verify
 from ckpt.store import Store
 from tests.s3_server import BUCKET
@@ -202,15 +203,18 @@ def test_parts_that_are_none_are_made_up_for(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / AT)
 
 
-def test_members_that_wait_for_each_other_at_different_attempts(tmp_path: Path) -> None:
-    """Each has skipped what the other one is at: that is seen, and not waited out."""
+def test_who_skips_an_attempt_is_not_waited_for(tmp_path: Path) -> None:
+    """Each skips what the other one is at; then both are at the same one again."""
     members, state = ["eu_1", "us_2"], planes()
     eu, us = (Rank(str(tmp_path), member, state) for member in members)
+    store = Store(str(tmp_path))
     eu.save(eu.attempt("c/2", members, 0, patience=300))
-    until(lambda: list(tmp_path.glob("c/2/parts/eu_1-*")))
     us.save(us.attempt("c/1", members, 1, patience=300))
-    assert [each["kind"] for each in us.outcomes()] == ["stored"] and stored(tmp_path, "c/1")
-    us.save(us.attempt("c/3", members, 1, patience=300))
-    assert [each["kind"] for each in eu.outcomes()] == ["stored"] and stored(tmp_path, "c/2")
-    eu.save(eu.attempt("c/3", members, 0, patience=300))
+    until(lambda: list(tmp_path.glob("c/1/parts/us_2-*")) and list(tmp_path.glob("c/2/parts/eu_1-*")))
+    store.create(skipped_key("c/1", "eu_1"), b"")
+    store.create(skipped_key("c/2", "us_2"), b"")
+    assert [each["kind"] for rank in (eu, us) for each in rank.outcomes()] == ["stored"] * 2
+    assert stored(tmp_path, "c/1") and stored(tmp_path, "c/2")
+    for place, rank in enumerate((eu, us)):
+        rank.save(rank.attempt("c/3", members, place, patience=300))
     assert [each["kind"] for rank in (eu, us) for each in rank.outcomes()] == ["stored"] * 2 and stored(tmp_path, "c/3")
