@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diloco import exchanging
 from diloco.composing import compose_config
-from diloco.joining import depart, join
+from diloco.joining import join
+from diloco.leaving import depart
 from diloco.parallel import open_region
 from diloco.train import leave
 from diloco.trainer import Order, Trainer
+from elastic.process import fork
 from tests.bench._table import Row, at_most
 from tests.ports import free_port
 
@@ -165,13 +168,14 @@ def activations(trainer: Trainer) -> int:
 
 def main(directory: str, *arguments: str) -> int:
     cfg = compose_config(list(arguments))
+    exchanges = fork(exchanging.main)
     with ExitStack() as stack:
         region = open_region(cfg.parallel)
         stack.callback(region.close)
         reset_peak()
         Watched.base = status("VmRSS")
         trainer = Watched(cfg, region)
-        join(trainer, stack)
+        join(trainer, stack, exchanges)
         stack.callback(trainer.report.close)
         order = trainer.train()
         depart(trainer, order)

@@ -16,14 +16,17 @@ from statistics import median
 
 import torch
 
+from diloco import exchanging
 from diloco.composing import compose_config
 from diloco.config import Config
 from diloco.data import Dataset
-from diloco.joining import depart, join
+from diloco.joining import join
+from diloco.leaving import depart
 from diloco.model import next_token_loss
 from diloco.parallel import Region, open_region
 from diloco.train import leave
 from diloco.trainer import Order, Trainer, build_model
+from elastic.process import fork
 from tests.bench import _memory
 from tests.bench._table import Row, at_least, show
 from tests.ports import free_port
@@ -81,14 +84,14 @@ class Interleaved(Trainer):
     def next_order(self) -> Order:
         now = time.perf_counter()
         self.spent[self.stepped] += now - self.mark
-        if self.stepped and self.steps % BLOCK == 0:
+        if self.stepped and self.clock.steps % BLOCK == 0:
             self.blocks["loop"].append(self.spent[True])
             before = self.busy()
             self.blocks["bare"].append(self.bare.block())
             self.blocks["others"].append(self.busy() - before)
             self.spent[True] = 0.0
             now = time.perf_counter()
-        if self.stepped and self.since == 1:
+        if self.stepped and self.clock.since == 1:
             self.rounds.append(self.spent[False])
             self.spent[False] = 0.0
         self.mark = now
@@ -116,10 +119,11 @@ def speed(directory: Path) -> list[Row]:
             f"elastic.lighthouse=http://127.0.0.1:{free_port()}",
         ]
     )
+    exchanges = fork(exchanging.main)
     torch.set_num_threads(THREADS)
     with ExitStack() as stack, (directory / "log").open("w") as log, contextlib.redirect_stdout(log):
         trainer = Interleaved(cfg, open_region(cfg.parallel))
-        join(trainer, stack)
+        join(trainer, stack, exchanges)
         stack.callback(trainer.report.close)
         depart(trainer, trainer.train())
     loop, bare, others = (trainer.blocks[name][2:] for name in ("loop", "bare", "others"))
