@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -110,8 +111,8 @@ class Meeting:
                 self._skipped.setdefault(index, time.monotonic())
         turn = self.began + max(attempt.patience, 2 * self.took) + attempt.place * attempt.stagger
         for index in missing:
-            mine = self._skipped.get(index, turn) + self._place() * attempt.stagger
-            if index not in self._made_up and time.monotonic() >= min(turn, mine):
+            early = self._skipped.get(index, math.inf) + self._place() * attempt.stagger
+            if index not in self._made_up and time.monotonic() >= min(turn, early):
                 self.make_up(index)
                 self._made_up.add(index)
 

@@ -155,9 +155,8 @@ def drop_bits(store: Store, root: str, after: str, folder: str, keep: int, store
 
 
 def main(arguments: list[str]) -> int:
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # Slurm sends it to all processes of a job; this one ends with its work
+    # Slurm sends it to all processes of a job; this one ends with its work.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError):
         os.nice(NICE)  # training comes first
     arena = Arena.attach(int(arguments[0])).bytes
