@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -132,7 +133,7 @@ def _mapped(path: Path | str, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-class Joined:
+class Joined(ABC):
     """Many files as one array of tokens."""
 
     def __init__(self, paths: Sequence[Path | str], sizes: Sequence[int], dtype: str = "u1") -> None:
@@ -156,9 +157,9 @@ class Joined:
             start, file = end, file + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=self.dtype), *parts])
 
+    @abstractmethod
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a file, of `size`. Raises OSError."""
-        raise NotImplementedError
 
 
 class FileTokens(Joined):
