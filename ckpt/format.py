@@ -141,7 +141,7 @@ def _check_piece(piece: Piece) -> None:
         )
 
 
-def header_length(head: bytes | bytearray, size: int) -> int:
+def header_length(head: bytes | memoryview, size: int) -> int:
     """Bytes of the JSON header of a shard of `size` bytes, which begins with `head`, if it can be."""
     require(len(head) >= 8, f"has only {size} bytes")
     length = int.from_bytes(head[:8], "little")

@@ -61,8 +61,7 @@ class Reader:
         """`manifest` is from load_manifest or commit_manifest; DamagedError if its pieces are malformed."""
         self._store = store
         self._prefix: str = manifest["prefix"]
-        self._kept, self._lock = OrderedDict[tuple[str, int], bytearray](), threading.Lock()
-        self._free: list[bytearray] = []  # memory that was touched before: getting new one costs as much as hashing
+        self._kept, self._lock = OrderedDict[tuple[str, int], memoryview](), threading.Lock()
         self._by_fragment: dict[tuple[str, int], list[tuple[Span, int]]] = defaultdict(list)
         with naming(store, f"{self._prefix}/{MANIFEST}"):
             format.spans_of(manifest)
@@ -112,28 +111,25 @@ class Reader:
                 yield span.shard, _Part(begin + 4 * (first - span.start), out)
 
     def _fill(self, shard: Shard, index: int, parts: list[_Part]) -> None:
-        """Fetch and check one chunk. Straight into the output, if all of it is wanted there."""
-        begin, length = index * CHUNK, min(CHUNK, shard.bytes - index * CHUNK)
-        if len(parts) == 1 and len(parts[0].out) == length:
-            self._fetch(shard, index, parts[0].out)
-            return
+        """Fetch and check one chunk, and copy what is wanted of it."""
         key = (shard.name, index)
         with self._lock:
-            kept = self._kept.pop(key, None)
-            chunk = kept or (self._free.pop() if self._free else bytearray(CHUNK))
-        if kept is None:
-            self._fetch(shard, index, memoryview(chunk)[:length])
+            chunk = self._kept.pop(key, None)
+        if chunk is None:
+            chunk = self._fetch(shard, index)
         for part in parts:
-            part.out[:] = memoryview(chunk)[part.begin - begin : part.begin - begin + len(part.out)]
-        with self._lock:
-            self._kept[key] = chunk
-            while len(self._kept) > KEPT:
-                self._free.append(self._kept.popitem(last=False)[1])
+            begin = part.begin - index * CHUNK
+            part.out[:] = chunk[begin : begin + len(part.out)]
+        if sum(len(part.out) for part in parts) < len(chunk):
+            with self._lock:
+                self._kept[key] = chunk
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
 
-    def _fetch(self, shard: Shard, index: int, out: memoryview) -> None:
+    def _fetch(self, shard: Shard, index: int) -> memoryview:
         key = shard_key(self._prefix, shard.name)
         with naming(self._store, key):
-            fetch_chunk(self._store, key, shard, index, out)
+            return fetch_chunk(self._store, key, shard, index)
 
 
 def _place(task: tuple[tuple[str, int], Any]) -> tuple[str, int]:
@@ -149,16 +145,18 @@ def _by_chunk(part: _Part) -> Iterator[tuple[int, _Part]]:
         at = stop
 
 
-def fetch_chunk(store: Store, key: str, shard: Shard, index: int, out: memoryview) -> None:
-    """Chunk `index` of the object at `key` into `out`, which has its length. FormatError if it is not as it was written."""
+def fetch_chunk(store: Store, key: str, shard: Shard, index: int) -> memoryview:
+    """Chunk `index` of the object at `key`. FormatError if it is not as it was written."""
     begin = index * CHUNK
+    end = min(begin + CHUNK, shard.bytes)
     try:
-        have = store.read_into(key, begin, out)
+        chunk = store.view(key, begin, end)
     except MissingError as error:
         raise FormatError("is missing") from error
-    require(have == len(out), f"ends within bytes [{begin}, {begin + len(out)}) of its {shard.bytes}")
-    right = blake3(out).hexdigest() == shard.chunks[index]
-    require(right, f"does not have the digest of the manifest in bytes [{begin}, {begin + len(out)})")
+    require(len(chunk) == end - begin, f"ends within bytes [{begin}, {end}) of its {shard.bytes}")
+    right = blake3(chunk).hexdigest() == shard.chunks[index]
+    require(right, f"does not have the digest of the manifest in bytes [{begin}, {end})")
+    return chunk
 
 
 def run_all(work: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> None:
@@ -214,7 +212,6 @@ def findings(store: Store, manifest: dict[str, Any]) -> list[DamagedError]:
 
 def _verify_chunk(store: Store, key: str, shard: Shard, index: int) -> None:
     """One chunk; with the first one the size of the object, and a header that says what the manifest does."""
-    out = bytearray(min(CHUNK, shard.bytes - index * CHUNK))
     with naming(store, key):
         if index == 0:
             try:
@@ -222,11 +219,11 @@ def _verify_chunk(store: Store, key: str, shard: Shard, index: int) -> None:
             except MissingError as error:
                 raise FormatError("is missing") from error
             require(size == shard.bytes, f"has {size} bytes, not the {shard.bytes} of the manifest")
-        fetch_chunk(store, key, shard, index, memoryview(out))
+        chunk = fetch_chunk(store, key, shard, index)
         if index == 0:
-            end = 8 + format.header_length(out, shard.bytes)
+            end = 8 + format.header_length(chunk, shard.bytes)
             # The chunks that it reaches into are checked like all others.
-            header = bytes(out[8:end]) if end <= len(out) else store.read(key, 8, end)
+            header = bytes(chunk[8:end]) if end <= len(chunk) else store.read(key, 8, end)
             format.check_header(header, shard)
 
 

@@ -131,6 +131,10 @@ class Store:
             raise ValueError(f"[{start}, {stop}) is not a range of bytes")
         return bytes(self._read(key, first, stop))
 
+    def view(self, key: str, start: int, stop: int) -> memoryview:
+        """As `read`, of memory as the client got it: what is large need not be copied."""
+        return memoryview(self._read(key, start, stop)).cast("B")
+
     def _read(self, key: str, first: int, stop: int | None) -> Buffer:
         with self._errors("read", check_key(key)):
             if first == stop:
@@ -142,13 +146,6 @@ class Store:
                 if first and self._backend.size(key) <= first:
                     return b""
                 raise
-
-    def read_into(self, key: str, start: int, out: memoryview) -> int:
-        """Bytes of an object from `start` on, into all of `out`; how many there were, fewer where it ends before. MissingError
-        if there is none."""
-        data = memoryview(self._read(key, start, start + len(out)))
-        out[: len(data)] = data
-        return len(data)
 
     def size(self, key: str) -> int:
         """Bytes of an object; raise MissingError if there is none."""

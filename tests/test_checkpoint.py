@@ -334,13 +334,13 @@ def test_newest_does_not_take_an_outage_for_damage(store: Store, monkeypatch: py
 
 def counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(first byte, bytes) of every read of the store from now on."""
-    real, fetched = store.read_into, []
+    real, fetched = store.view, []
 
-    def counting(key: str, start: int, out: memoryview) -> int:
-        fetched.append((start, len(out)))
-        return real(key, start, out)
+    def counting(key: str, start: int, stop: int) -> memoryview:
+        fetched.append((start, stop - start))
+        return real(key, start, stop)
 
-    monkeypatch.setattr(store, "read_into", counting)
+    monkeypatch.setattr(store, "view", counting)
     return fetched
 
 
@@ -413,7 +413,7 @@ def test_a_store_that_is_away_while_it_is_read_is_no_damage(store: Store, monkey
     def away(*_: Any) -> int:
         raise StoreError("the store is away")
 
-    monkeypatch.setattr(store, "read_into", away)
+    monkeypatch.setattr(store, "view", away)
     for read in (lambda: verify(store, manifest), lambda: read_range(store, manifest, "theta", 0, 0, 13)):
         with pytest.raises(StoreError, match="away"):
             read()

@@ -142,14 +142,14 @@ def test_an_outage_is_waited_for_and_is_no_damage(
     store = Store(str(tmp_path))
     saved, loaded, manifest = first_saved(store)
     monkeypatch.setattr(checkpoints, "AGAIN", 0.01)
-    real, away = store.read_into, [StoreError("the store is away")] * 2
+    real, away = store.view, [StoreError("the store is away")] * 2
 
-    def sometimes(key: str, start: int, out: memoryview) -> int:
+    def sometimes(key: str, start: int, stop: int) -> memoryview:
         if away:
             raise away.pop()
-        return real(key, start, out)
+        return real(key, start, stop)
 
-    monkeypatch.setattr(store, "read_into", sometimes)
+    monkeypatch.setattr(store, "view", sometimes)
     loaded.points.load(manifest, loaded.planes)
     assert capsys.readouterr().out.count("the store is away; trying again") == 2
     for name in ("theta", "momentum"):

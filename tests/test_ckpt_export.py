@@ -176,14 +176,14 @@ def test_an_export_needs_memory_for_some_blocks_only(tmp_path: Path, monkeypatch
     for module in (ckpt.format, ckpt.reading):
         monkeypatch.setattr(module, "CHUNK", 64 << 10)
     store = Store(str(tmp_path / "store"))
-    manifest, sizes, read = save_llama(store, random_llama(TINY)), list[int](), Store.read_into
+    manifest, sizes, read = save_llama(store, random_llama(TINY)), list[int](), Store.view
 
-    def counted(self: Store, key: str, start: int, out: memoryview) -> int:
-        sizes.append(len(out))
-        return read(self, key, start, out)
+    def counted(self: Store, key: str, start: int, stop: int) -> memoryview:
+        sizes.append(stop - start)
+        return read(self, key, start, stop)
 
     monkeypatch.setattr(exporting, "verify", lambda store, manifest: None)  # reads with threads
-    monkeypatch.setattr(Store, "read_into", counted)
+    monkeypatch.setattr(Store, "view", counted)
     tracemalloc.start()
     list(export(store, manifest, str(tmp_path / "hf"), "fp32"))
     peak = tracemalloc.get_traced_memory()[1]

@@ -125,7 +125,7 @@ class Cache:
             first, last = missing[0], missing[-1] + 1
             start, stop = first * CHUNK, min(last * CHUNK, shard.size)
             digests = [self._digest(shard, chunk, begin) for chunk in range(first, last)]
-            data = memoryview(self._fetch(f"{shard.name}.tokens", start, stop, partial(_has, digests), begin))
+            data = self._fetch(f"{shard.name}.tokens", start, stop, partial(_has, digests), begin)
             for chunk in missing:
                 self._place(shard, chunk, data[(chunk - first) * CHUNK : (chunk - first + 1) * CHUNK])
         self._unseen += len(data)
@@ -146,18 +146,17 @@ class Cache:
     def _digest(self, shard: Shard, chunk: int, begin: float) -> bytes:
         if shard.name not in self._sums:
             length = DIGEST * -(-shard.size // CHUNK)
-            self._sums[shard.name] = self._fetch(
-                f"{shard.name}.sums", 0, length, lambda data: hashlib.sha256(data).hexdigest() == shard.checksum, begin
-            )
+            right = partial(_is, shard.checksum)
+            self._sums[shard.name] = bytes(self._fetch(f"{shard.name}.sums", 0, length, right, begin))
         return self._sums[shard.name][DIGEST * chunk : DIGEST * (chunk + 1)]
 
-    def _fetch(self, key: str, start: int, stop: int, right: Callable[[bytes], bool], begin: float) -> bytes:
+    def _fetch(self, key: str, start: int, stop: int, right: Callable[[memoryview], bool], begin: float) -> memoryview:
         """Bytes of an object. begin: of the wait for them, by time.monotonic(). Raises OSError: that they are not right, or that
         its store stayed away."""
         delay, damaged = RETRY_SECONDS[0], 0
         while True:
             try:
-                data = store_of(self.url).read(key, start, stop)
+                data = store_of(self.url).view(key, start, stop)
                 if len(data) == stop - start and right(data):
                     _outage.ended(self.url)
                     return data
@@ -221,8 +220,12 @@ def _files(root: Path) -> Iterator[tuple[float, int, str]]:
                     yield status.st_mtime, status.st_size, file.path
 
 
-def _has(digests: Sequence[bytes], data: bytes) -> bool:
-    parts = (memoryview(data)[k * CHUNK : (k + 1) * CHUNK] for k in range(len(digests)))
+def _is(checksum: str, data: memoryview) -> bool:
+    return hashlib.sha256(data).hexdigest() == checksum
+
+
+def _has(digests: Sequence[bytes], data: memoryview) -> bool:
+    parts = (data[k * CHUNK : (k + 1) * CHUNK] for k in range(len(digests)))
     return all(blake3(part).digest() == digest for part, digest in zip(parts, digests, strict=True))
 
 

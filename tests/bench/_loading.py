@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,8 +44,12 @@ def unverified(store: Store, root: str, out: memoryview) -> float:
             length = min(CHUNK, shard.bytes - first)
             tasks.append((shard_key(manifest["prefix"], shard.name), first, out[at : at + length]))
             at += length
-    run_all(store.read_into, tasks)
+    run_all(partial(_copy, store), tasks)
     return time.monotonic() - begin
+
+
+def _copy(store: Store, key: str, first: int, out: memoryview) -> None:
+    out[:] = store.view(key, first, first + len(out))
 
 
 def main(url: str, root: str, repeat: int) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -49,12 +50,29 @@ def cpu() -> str:
         return platform.processor() or "unknown CPU"
 
 
+def _cpu_time() -> tuple[int, int]:
+    """(what the host gave to others, all) of this machine's CPU time, in ticks."""
+    with suppress(OSError), open("/proc/stat") as file:
+        ticks = [int(text) for text in file.readline().split()[1:9]]
+        return ticks[7], sum(ticks)
+    return 0, 0
+
+
+_BEGAN = _cpu_time()
+
+
+def stolen() -> float:
+    """Percent of the cores' time since the benchmark began: a figure that misses its target by less says little."""
+    before, now = _BEGAN, _cpu_time()
+    return 100 * (now[0] - before[0]) / max(1, now[1] - before[1])
+
+
 def show(bench: str, rows: Sequence[Row]) -> None:
     """The table, then the line of JSON, which is the last thing a benchmark prints."""
     width = max(len(row.case) for row in rows)
-    print(f"\n{bench} · {machine()}")
+    print(f"\n{bench} · {machine()}; the host took {stolen():.1f} % of the cores' time")
     for row in rows:
         verdict = "" if row.target is None else f"target {row.target}  {'ok' if row.ok else 'MISSED'}"
         print(f"  {row.case:<{width}}  {number(row.value):>10} {row.unit:<9} {verdict}".rstrip())
-    line = {"bench": bench, "machine": machine(), "rows": [asdict(row) for row in rows]}
+    line = {"bench": bench, "machine": machine(), "stolen": stolen(), "rows": [asdict(row) for row in rows]}
     print(json.dumps(line, ensure_ascii=False), flush=True)

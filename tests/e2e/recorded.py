@@ -8,6 +8,7 @@ tests/e2e/sampled.py writes. SLOW makes every exchange take as many inner steps,
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,18 @@ class Recorded(Sampled):
         coordinator = self.links.coordinator
         assert coordinator is not None
         hear, take, ended = coordinator.ranks.on_outcome, coordinator.take, []
+        waited: tuple[list[int], float] = [], 0.0
+        """What was merged when the last one was heard early, and when."""
 
         def slow_take(timeout: float = 0.0) -> Commands:
-            waiting = timeout > 0
+            nonlocal waited
+            bases, now = list(self.planes.bases), time.monotonic()
+            # The region waits for the first of them only: the others stay in flight when that is merged.
+            waiting = timeout > 0 and (bases != waited[0] or now > waited[1] + 1)
             for at, rank, outcome in list(ended):
                 if waiting or self.clock.steps >= at + steps:
-                    waiting = False  # for the first of them
+                    if waiting:
+                        waiting, waited = False, (bases, now)
                     ended.remove((at, rank, outcome))
                     hear(rank, outcome)
             return take(min(timeout, 0.05))

@@ -16,7 +16,7 @@ from tests.ports import free_port
 from tests.slurm import Slurm
 from tests.slurm import slurm as slurm
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 
 
 def submit(slurm: Slurm, region: str, folder: Path, *arguments: str) -> None:
@@ -63,7 +63,7 @@ def test_a_job_is_cancelled_and_its_region_leaves_and_submitted_again_it_joins(s
         slurm.until(lambda: not slurm.jobs(), TIMEOUT)
     except AssertionError as error:
         logs = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(tmp_path.glob("*.log"))]
-        raise AssertionError("\n".join([str(error), *logs])) from error
+        raise AssertionError("\n".join([str(error), *logs, slurm.command("squeue"), slurm.command("sinfo")])) from error
     journal = Journal(Store(str(tmp_path / "run/store")))
     journal.read()
     assert journal.state is not None and not journal.state.members  # the last two have left in order, too
