@@ -221,11 +221,12 @@ class Exchanger:
             threading.Thread(target=get, args=(peer, endpoint), name="exchange-open", daemon=True).start()
 
     def _pace(self, attempt: Attempt, peer: Rank, link: Link) -> None:
-        """The link gets its part of what this rank's uplink can carry: unpaced, a dozen streams that all look for more overfill
-        a queue of one round trip, and a tenth of what they send is lost and sent again."""
+        """The link gets its part of what this rank's uplink can carry, once that is known: unpaced, a dozen streams that all look
+        for more overfill a queue of one round trip, and a tenth of what they send is lost and sent again."""
         total = sum(side.outgoing for side in attempt.sides.values())
-        mine, up = attempt.sides[peer].outgoing, self.links.meter.up
-        link.pace(PACE * up * mine / total if total > LONG * link.round_trip() * up else 0.0)
+        mine, meter = attempt.sides[peer].outgoing, self.links.meter
+        paced = meter.settled and total > LONG * link.round_trip() * meter.up
+        link.pace(PACE * meter.up * mine / total if paced else 0.0)
 
     def _keep(self, attempt: Attempt) -> None:
         while self.keep is not None:

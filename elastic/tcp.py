@@ -26,14 +26,17 @@ UNACKNOWLEDGED = 120
 MIN_STREAMS, MAX_STREAMS = 4, 32
 SAMPLE = 0.05
 """Seconds between two looks at the counters."""
-WINDOW = 1.0
-"""Seconds over which a rate is taken: so many that a queue that empties on the way does not make it look much higher."""
+WINDOW = 2.0
+"""Seconds over which a rate is taken: so many that a queue that empties on the way, and what is acknowledged in one jump after a
+loss, do not make it look much higher."""
 SHORTEST = 0.3
 """Of an exchange that ends before that, this at least."""
 LEAST = 1 << 19
 """Bytes below which what was measured is latency, not a rate."""
 FADE = 0.9
 """What is left of an older rate when a newer measurement is lower."""
+GROWN = 1.15
+"""Times what was known before: a rate that rises by more, as while streams find their windows, has not shown its limit yet."""
 
 
 def tune(sock: socket.socket, congestion: str) -> None:
@@ -114,6 +117,9 @@ class Meter:
     def __init__(self) -> None:
         self.up = self.down = 0.0
         """bytes/s; 0: not known yet."""
+        self.settled = False
+        """The last exchanges sent no faster than the ones before: `up` is what the link can carry."""
+        self._before = 0.0
         self._last: weakref.WeakKeyDictionary[socket.socket, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._totals = (0, 0)
         self._samples: deque[tuple[float, int, int]] = deque()
@@ -127,7 +133,7 @@ class Meter:
             self._active += 1
             if self._active == 1:
                 self._samples.clear()
-                self._peaks = (0.0, 0.0)
+                self._peaks, self._before = (0.0, 0.0), self.up
 
     def sample(self, sockets: Callable[[], Iterable[socket.socket]]) -> None:
         """Call it every `SAMPLE` seconds or so while data flows."""
@@ -166,3 +172,4 @@ class Meter:
                 max(peak, FADE * old) if peak * SHORTEST >= LEAST else old
                 for peak, old in zip(self._peaks, (self.up, self.down), strict=True)
             )
+            self.settled = self.up <= GROWN * self._before

@@ -81,7 +81,7 @@ def test_streams_follow_round_trip_and_rate(rtt: float, rate: float, streams: in
     assert tcp.streams_for(rtt, rate, 4 << 20) == streams
 
 
-def test_the_meter_takes_the_fastest_second_and_forgets_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_meter_takes_the_fastest_two_seconds_and_forgets_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, counters, sock = [0.0], [0, 0], socket.socket()
     monkeypatch.setattr(tcp.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(tcp, "info", lambda _: tcp.Info(0.1, counters[0], counters[1]))
@@ -102,10 +102,15 @@ def test_the_meter_takes_the_fastest_second_and_forgets_slowly(monkeypatch: pyte
         meter.end()
         return meter.up, meter.down
 
-    assert exchange((2, 20e6, 30e6), (9, 1e6, 1e6)) == pytest.approx((20e6, 30e6), rel=0.02)  # the end was waiting
+    assert exchange((3, 20e6, 30e6), (9, 1e6, 1e6)) == pytest.approx((20e6, 30e6), rel=0.02)  # the end was waiting
     assert exchange((5, 10e6, 30e6)) == pytest.approx((18e6, 30e6), rel=0.02)
     assert exchange((5, 10e6, 30e6)) == pytest.approx((16.2e6, 30e6), rel=0.02)
     assert exchange((0.2, 90e6, 90e6)) == pytest.approx((16.2e6, 30e6), rel=0.02)  # too short to tell
     assert exchange((0.6, 50e6, 90e6)) == pytest.approx((50e6, 90e6), rel=0.02)
     assert exchange((5, 1e3, 1e3)) == pytest.approx((50e6, 90e6), rel=0.02)  # too little to tell
+    settled = []
+    for rate in (60e6, 55e6, 90e6, 95e6):
+        exchange((5, rate, rate))
+        settled.append(meter.settled)
+    assert settled == [False, True, False, True], "not while it still rises"
     sock.close()
