@@ -119,7 +119,7 @@ def test_jobs_side_by_side_one_of_which_fails(sweep: Sweep) -> None:
     assert before == {path: (path / "eu" / "metrics.jsonl").read_bytes() for path in done}
     (directory / "results.csv").unlink()
     assert sweep.run("report", "s")[0] == 0 and len((directory / "results.csv").read_text().splitlines()) == 4
-    assert sweep.left() == []
+    sweep.wait_for_nothing()
 
 
 def test_ctrl_c_leaves_what_is_done_and_the_same_command_goes_on(sweep: Sweep) -> None:
