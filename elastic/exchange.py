@@ -24,11 +24,11 @@ from elastic.order import Arithmetic, Contribution, Key, Order, Outcome
 from elastic.plan import NotFinite
 from elastic.wire import NONSENSE, Message
 
-PACE = 1.2
+PACE = 1.15
 """Times the highest rate seen is how fast a rank sends: so that a link that has become faster is noticed."""
-LONG = 8
+LONG = 4
 """Round trips that an exchange takes at least to be paced: of a shorter one the rate that is seen is mostly latency, and a
-pace of 1.2 times that would make the next one slower still."""
+pace of little more than that would make the next one slower still."""
 NORM_SLACK = 1.5
 """The bytes of a contribution may have so many times the norm that was announced: rounding to int4 adds up to a third."""
 TINY = 1e-30

@@ -124,6 +124,8 @@ class Meter:
         self._totals = (0, 0)
         self._samples: deque[tuple[float, int, int]] = deque()
         self._peaks = (0.0, 0.0)
+        self._rtt = 0.0
+        """The longest of the links' round trips."""
         self._active = 0
         self._lock = threading.Lock()
 
@@ -133,7 +135,7 @@ class Meter:
             self._active += 1
             if self._active == 1:
                 self._samples.clear()
-                self._peaks, self._before = (0.0, 0.0), self.up
+                self._peaks, self._before, self._rtt = (0.0, 0.0), self.up, 0.0
 
     def sample(self, sockets: Callable[[], Iterable[socket.socket]]) -> None:
         """Call it every `SAMPLE` seconds or so while data flows."""
@@ -146,28 +148,32 @@ class Meter:
             while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
                 self._samples.popleft()
             if now - self._samples[0][0] >= WINDOW:
-                self._take_rates()
+                self._take_rates(now - self._samples[0][0])
 
     def _count(self, sockets: Iterable[socket.socket]) -> tuple[int, int]:
         sent, received = self._totals
         for sock in sockets:
             if (seen := info(sock)) is not None:
+                self._rtt = max(self._rtt, seen.rtt)
                 before = self._last.get(sock, (0, 0))
                 sent, received = sent + max(seen.sent - before[0], 0), received + max(seen.received - before[1], 0)
                 self._last[sock] = (seen.sent, seen.received)
         return sent, received
 
-    def _take_rates(self) -> None:
-        (then, sent0, received0), (now, sent, received) = self._samples[0], self._samples[-1]
-        up, down = (sent - sent0) / (now - then), (received - received0) / (now - then)
+    def _take_rates(self, seconds: float) -> None:
+        (_, sent0, received0), (_, sent, received) = self._samples[0], self._samples[-1]
+        up, down = (sent - sent0) / seconds, (received - received0) / seconds
         self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
 
     def end(self) -> None:
         """Takes what was seen since the first `begin` into the rates."""
         with self._lock:
             self._active -= 1
-            if self._samples and not any(self._peaks) and self._samples[-1][0] - self._samples[0][0] >= SHORTEST:
-                self._take_rates()
+            if self._samples and not any(self._peaks):
+                # The first bytes are acknowledged a round trip after the exchange began.
+                seconds = self._samples[-1][0] - self._samples[0][0] - self._rtt
+                if seconds >= SHORTEST:
+                    self._take_rates(seconds)
             self.up, self.down = (
                 max(peak, FADE * old) if peak * SHORTEST >= LEAST else old
                 for peak, old in zip(self._peaks, (self.up, self.down), strict=True)
