@@ -97,6 +97,30 @@ def test_a_streamed_corpus_is_the_local_one_and_begins_before_a_shard_is_there(
     assert fetched(proxy, url) == CHUNKS + 1 and fetched(proxy, url, "sums") == len(SHARDS) + 1
 
 
+def test_a_mixture_of_buckets_and_directories_is_that_of_directories(
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Their chunks are fetched in the order in which samples need them, and share a cache."""
+    random = np.random.default_rng(1)
+    tokens = [random.integers(0, 50257, 900_000, dtype="<u2") for _ in range(2)]
+    other, third = (write_folder(tmp_path / name, {"train": [array]}) for name, array in zip("ab", tokens, strict=True))
+
+    def mixed(*places: str | Path) -> Samples:
+        sources = [{"path": str(place), "weight": weight} for place, weight in zip(places, (5, 3, 2), strict=True)]
+        return build_samples(config("", tmp_path, sources=sources), SEQ_LEN, 0)
+
+    bucket = f"s3://{BUCKET}/mixture"
+    far, near = mixed(url, upload(other, bucket), third), mixed(folder, other, third)
+    assert far.source.digest == near.source.digest and far.mixture == near.mixture and far.shuffle == near.shuffle
+    indices = range(0, far.train_windows, 7)
+    for call in far.fetches(indices):
+        call()
+    before = fetched(proxy, url), fetched(proxy, bucket)
+    assert all(before) and far.readahead > 0
+    assert (far.batch(indices) == near.batch(indices)).all()
+    assert (fetched(proxy, url), fetched(proxy, bucket)) == before, "all was there"
+
+
 def test_the_cache_is_bounded_and_each_chunk_is_fetched_once_an_epoch(
     url: str, folder: Path, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
