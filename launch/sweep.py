@@ -36,6 +36,7 @@ EXTRAS = {
     "hydra/launcher=ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
 }
 
+CLUSTER = "hydra.launcher.ray.init.address"
 PLUGINS = Path(__file__).parent / "plugins"
 """Where Hydra finds our launcher."""
 
@@ -93,8 +94,12 @@ def sweep(arguments: Sequence[str]) -> int:
         if choice in overrides and find_spec(module) is None:
             raise ConfigError(f"{choice} needs a plugin that is not installed: run pip install 'diloco[{extra}]'")
     directory = choose_dir(overrides)
-    if find_override(overrides, "sweep.dir") is None:
-        sys.argv.append(override("sweep.dir", str(directory)))
+    # Absolute: processes of a cluster start somewhere else.
+    sys.argv[1:] = [text for text in sys.argv[1:] if not text.startswith("sweep.dir=")]
+    sys.argv.append(override("sweep.dir", str(directory)))
+    cluster = find_override(overrides, CLUSTER)
+    if cluster is not None:  # the plugin sets what Ray refuses for a cluster that runs
+        sys.argv.append("+hydra.launcher.ray.init.object_store_memory=null")
     if {*flags} & {*FLAGS}:
         return hydrate()
     stopped = False
@@ -103,6 +108,10 @@ def sweep(arguments: Sequence[str]) -> int:
             hydrate()
         except KeyboardInterrupt:
             stopped = True
+        except ConnectionError as error:
+            if cluster is None:
+                raise
+            raise ConfigError(f"{CLUSTER}={cluster}: {str(error).partition('. ')[0]}: start one there") from error
         finally:
             report(directory)
     return 130 if stopped else int(any(job.state == "failed" for job in read_sweep(directory)))

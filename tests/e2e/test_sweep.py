@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from ckpt.store import Store
 from diloco.journal import Journal
 from tests.e2e.cluster import SMALL
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [*(o for o in SMALL if not o.startswith("outer.lr")), "outer.sync_every=4", "run.rounds=2"]
@@ -156,25 +158,45 @@ def test_ctrl_c_leaves_what_is_done_and_the_same_command_goes_on(sweep: Sweep) -
     sweep.wait_for_nothing(60)
 
 
-def test_optuna_on_ray_minimizes_the_held_out_loss(sweep: Sweep) -> None:
+@pytest.fixture
+def ray(sweep: Sweep) -> Iterator[str]:
+    """The address of a Ray cluster of one node."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--block"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false"]
+    command += [f"--temp-dir=/tmp/ray-{port}"]  # its sockets' names may not be long
+    process = subprocess.Popen(command, env=sweep.env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert any("Ray runtime started" in line for line in process.stdout)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+        shutil.rmtree(f"/tmp/ray-{port}", ignore_errors=True)
+
+
+def test_optuna_on_a_ray_cluster_minimizes_the_held_out_loss(sweep: Sweep, ray: str) -> None:
     study = [
         "hydra/sweeper=optuna",
         "hydra.sweeper.n_trials=2",
         "hydra.sweeper.n_jobs=2",
         "hydra.sweeper.sampler.seed=1",
     ]
-    ray = [
-        "hydra/launcher=ray",
-        "+hydra.launcher.ray.init.include_dashboard=false",
-        "+hydra.launcher.ray.init.num_cpus=2",
-    ]
     command = ["+region=eu", *TINY, *study, "outer.lr=interval(0.1,1.0)", "sweep.dir=s"]
-    code, said = sweep.run(*command, *ray)
+    code, said = sweep.run(*command, "hydra/launcher=ray", f"hydra.launcher.ray.init.address={ray}")
     assert code == 0 and "pid=" in said, said  # workers of Ray have said so
     rows = list(csv.DictReader((sweep.folder / "s" / "results.csv").open()))
     best = (sweep.folder / "s" / "optimization_results.yaml").read_text()
     assert len(rows) == 2 and all(0.1 <= float(row["outer.lr"]) <= 1 for row in rows)
     assert f"outer.lr: {rows[0]['outer.lr']}" in best and f"best_value: {rows[0]['held_out_nats_per_token']}" in best
-    sweep.wait_for_nothing()
     code, said = sweep.run(*command)
     assert code == 0 and said.count("done before") == 2, "the seed asks for the same, whoever launches them"
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_sentence(sweep: Sweep) -> None:
+    code, said = sweep.run("+region=eu", *TINY, "hydra/launcher=ray", "hydra.launcher.ray.init.address=auto")
+    assert code == 2 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith(
+        "launch.sweep: hydra.launcher.ray.init.address=auto: Could not find any running Ray"
+    )
