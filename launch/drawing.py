@@ -64,7 +64,7 @@ def look(rank: int) -> tuple[str, str, float]:
 
 
 def label(job: Outcome, keys: Sequence[str]) -> str:
-    words = " ".join(f"{key.rpartition('.')[2]}={job.values.get(key, '–')}" for key in keys) or f"job {job.num}"
+    words = " ".join(f"{key.rpartition('.')[2]}={brief(job.values.get(key, '–'))}" for key in keys) or f"job {job.num}"
     return words if job.state == "done" else f"{words} ({job.state})"
 
 
@@ -86,7 +86,10 @@ def courses(
     axis = f"{across}, all regions"
     x = logarithmic(axis, xs, show) if wide else linear(axis, xs, show, zero=True)
     y = linear(LOSS, [loss for of in points.values() for _, loss in of], number)
-    drawn = [Line(words, points[id(job)], colour, dash, width) for job, words, colour, dash, width in reversed(lines)]
+    drawn = []
+    for job, words, colour, dash, width in reversed(lines):
+        course = points[id(job)]
+        drawn.append(Line(words, course, colour, dash, width, dots=len(course) == 1))
     return panel(box, title, x, y, drawn)
 
 
@@ -144,6 +147,10 @@ def in_order(values: Sequence[Any]) -> list[Any]:
 def thin(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
     """At most ten of them."""
     return ticks[:: -(-len(ticks) // 10)]
+
+
+def brief(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def number(value: float) -> str:
