@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from contextlib import ExitStack
 from typing import NoReturn
@@ -77,6 +78,10 @@ def main() -> int:
         return fail(str(error))
     except KeyboardInterrupt:  # before the region is a member, when there is nothing to leave
         return 130
+    except Exception:  # Python's own report would come line by line, with what other threads say in between
+        sys.stderr.flush()
+        os.write(sys.stderr.fileno(), traceback.format_exc().encode())
+        return 1  # for `leave`
 
 
 def _hush() -> None:
