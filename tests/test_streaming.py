@@ -254,12 +254,12 @@ def test_the_wait_for_another_reader_counts(tmp_path: Path, monkeypatch: pytest.
         now[0] += 21
         yield True
 
-    def read(key: str, *_: int) -> bytes:
+    def view(key: str, *_: int) -> memoryview:
         tries.append(key)
         raise StoreError("away")
 
     monkeypatch.setattr(Cache, "_locked", locked)
-    monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(read=read))
+    monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(view=view))
     monkeypatch.setattr(
         caching, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
     )
