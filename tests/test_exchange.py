@@ -9,6 +9,7 @@ import torch
 
 from diloco.fragments import block_digests
 from elastic import attempt, links, side, tcp
+from elastic.exchange import PACE
 from elastic.order import Outcome
 from elastic.plan import CHUNK, WHOLE, cells, chunks, ownership, rank_blocks
 from elastic.ranks import Ranks, follow
@@ -110,16 +111,20 @@ def test_a_rank_sends_no_faster_than_a_bit_more_than_its_uplink_was_seen_to_carr
     ranks = [member[0].exchanger.links for member in c.members]
     assert until(lambda: all(len(link.streams) == 2 for rank in ranks for link in rank.all()))
     for rank in ranks:
-        rank.meter.up = 1e6
+        rank.meter.up, rank.meter.settled = 1e6, False
+    c.start("still rising", range(3))
+    c.assert_result("still rising", range(3))
+    assert not any(paces.values())
+    for rank in ranks:
+        rank.meter.up, rank.meter.settled = 1e6, True
     c.shares = (WHOLE, 0, 0)
     c.start("b", range(3))
     c.assert_result("b", range(3))
     by_link = [[sum(paces.get(s.sock, 0) for s in link.streams) for link in rank.all()] for rank in ranks]
-    assert [sum(rates) for rates in by_link] == pytest.approx(
-        [1.2e6] * 3
-    )  # 1's parts and sums all go to and come from 0
-    assert sorted(by_link[1]) == pytest.approx([0, 1.2e6])
-    monkeypatch.setattr(links.Link, "round_trip", lambda self: 1.0)
+    # Member 1's parts and sums all go to and come from 0.
+    assert [sum(rates) for rates in by_link] == pytest.approx([PACE * 1e6] * 3)
+    assert sorted(by_link[1]) == pytest.approx([0, PACE * 1e6])
+    monkeypatch.setattr(links.Link, "round_trip", lambda self: 10.0)
     c.start("c", range(3))
     c.assert_result("c", range(3))
     assert not any(paces.values())  # too short to be paced
