@@ -132,7 +132,7 @@ def usual_packets(repeat: int) -> Iterator[Row]:
 
 def slow_uplink(repeat: int) -> Iterator[Row]:
     """Figure 2."""
-    with wan(3, regions={"asia": {"up": 50e6}}) as w:
+    with wan(3, regions={"asia": {"up": 50e6}}, mtu=USUAL_MTU) as w:
         raw = max(w.raw(2, 0) for _ in range(3))
         nbytes = w.all("load", elements=25 * 10**6, codec="int8")[0]["bytes"]
         best = nbytes / raw + RTT  # who owns nothing sends its contribution once, and receives the result once
