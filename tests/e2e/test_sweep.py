@@ -162,6 +162,7 @@ def test_ctrl_c_leaves_what_is_done_and_the_same_command_goes_on(sweep: Sweep) -
 def ray(sweep: Sweep) -> Iterator[str]:
     """The address of a Ray cluster of one node."""
     port = free_port()
+    sweep.env["RAY_AUTH_MODE"] = "disabled"  # a token may lie in the home directory
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--block"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false"]
     command += [f"--temp-dir=/tmp/ray-{port}"]  # its sockets' names may not be long
