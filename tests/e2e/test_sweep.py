@@ -166,7 +166,11 @@ def ray(sweep: Sweep) -> Iterator[str]:
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--block"]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false"]
     command += [f"--temp-dir=/tmp/ray-{port}"]  # its sockets' names may not be long
-    process = subprocess.Popen(command, env=sweep.env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    away = sweep.folder / "away"  # what lies in a worker's directory by mistake is not where the sweep looks
+    away.mkdir()
+    process = subprocess.Popen(
+        command, cwd=away, env=sweep.env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert process.stdout is not None
         assert any("Ray runtime started" in line for line in process.stdout)
