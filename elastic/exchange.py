@@ -13,7 +13,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -169,7 +168,7 @@ class Exchanger:
     def _transfer(self, attempt: Attempt) -> None:
         """Sends, reduces, gathers: returns when the whole result is there and everything is sent. Raises Cancelled."""
         self._open(attempt)
-        order, tick = attempt.order, partial(self.links.meter.sample, self.links.sockets)
+        order, tick = attempt.order, self.links.sample
         weights = [party.weight for party in order.parties]
         for _ in range(len(attempt.due)):
             first, parts = attempt.next_whole(tick)

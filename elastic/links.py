@@ -72,6 +72,11 @@ class Link:
     def put(self, parcel: Parcel) -> None:
         self._parcels.put(parcel)
 
+    @property
+    def backlog(self) -> bool:
+        """There is more to send than the streams take."""
+        return not self._parcels.empty()
+
     def add(self, connection: Connection) -> None:
         """Sends and receives on one more stream until it, or the link, breaks."""
         with self._lock:
@@ -178,7 +183,11 @@ class Links:
         with self._changed:
             return list(self._links.values())
 
-    def sockets(self) -> Iterable[socket.socket]:
+    def sample(self) -> None:
+        """A look at what the links carry, for their rates."""
+        self.meter.sample(self._sockets, any(link.backlog for link in self.all()))
+
+    def _sockets(self) -> Iterable[socket.socket]:
         return [stream.sock for link in self.all() for stream in link.streams]
 
     def get(self, peer: Rank, endpoint: str, reachable: bool, timeout: float) -> Link:

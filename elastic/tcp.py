@@ -35,6 +35,8 @@ LEAST = 1 << 19
 """Bytes below which what was measured is latency, not a rate."""
 FADE = 0.9
 """What is left of an older rate when a newer measurement is lower."""
+FULL = 0.75
+"""Share of that time with frames waiting for a free stream: then the rate is the link's, not that of what there was to send."""
 GROWN = 1.15
 """Times what was known before: a rate that rises by more, as while streams find their windows, has not shown its limit yet."""
 
@@ -118,11 +120,12 @@ class Meter:
         self.up = self.down = 0.0
         """bytes/s; 0: not known yet."""
         self.settled = False
-        """The last exchanges sent no faster than the ones before: `up` is what the link can carry."""
-        self._before = 0.0
+        """The last exchange had more to send than the link took, and sent no faster than the ones before: `up` is what the link
+        can carry."""
+        self._before = self._full = 0.0
         self._last: weakref.WeakKeyDictionary[socket.socket, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._totals = (0, 0)
-        self._samples: deque[tuple[float, int, int]] = deque()
+        self._samples: deque[tuple[float, int, int, bool]] = deque()
         self._peaks = (0.0, 0.0)
         self._rtt = 0.0
         """The longest of the links' round trips."""
@@ -135,16 +138,16 @@ class Meter:
             self._active += 1
             if self._active == 1:
                 self._samples.clear()
-                self._peaks, self._before, self._rtt = (0.0, 0.0), self.up, 0.0
+                self._peaks, self._before, self._full, self._rtt = (0.0, 0.0), self.up, 0.0, 0.0
 
-    def sample(self, sockets: Callable[[], Iterable[socket.socket]]) -> None:
-        """Call it every `SAMPLE` seconds or so while data flows."""
+    def sample(self, sockets: Callable[[], Iterable[socket.socket]], backlog: bool) -> None:
+        """Call it every `SAMPLE` seconds or so while data flows. backlog: more waits to be sent than the sockets take."""
         with self._lock:
             now = time.monotonic()
             if self._samples and now - self._samples[-1][0] < SAMPLE:
                 return
             self._totals = self._count(sockets())
-            self._samples.append((now, *self._totals))
+            self._samples.append((now, *self._totals, backlog))
             while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
                 self._samples.popleft()
             if now - self._samples[0][0] >= WINDOW:
@@ -161,8 +164,10 @@ class Meter:
         return sent, received
 
     def _take_rates(self, seconds: float) -> None:
-        (_, sent0, received0), (_, sent, received) = self._samples[0], self._samples[-1]
+        (_, sent0, received0, _), (_, sent, received, _) = self._samples[0], self._samples[-1]
         up, down = (sent - sent0) / seconds, (received - received0) / seconds
+        if up > self._peaks[0]:
+            self._full = sum(backlog for *_, backlog in self._samples) / len(self._samples)
         self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
 
     def end(self) -> None:
@@ -178,4 +183,4 @@ class Meter:
                 max(peak, FADE * old) if peak * SHORTEST >= LEAST else old
                 for peak, old in zip(self._peaks, (self.up, self.down), strict=True)
             )
-            self.settled = self.up <= GROWN * self._before
+            self.settled = self.up <= GROWN * self._before and self._full >= FULL

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import pytest
 
@@ -87,14 +88,14 @@ def test_the_meter_takes_the_fastest_two_seconds_and_forgets_slowly(monkeypatch:
     monkeypatch.setattr(tcp, "info", lambda _: tcp.Info(0.1, counters[0], counters[1]))
     meter = tcp.Meter()
 
-    def flow(seconds: float, up: float, down: float) -> None:
+    def flow(seconds: float, up: float, down: float, backlog: bool = True) -> None:
         for _ in range(round(seconds / 0.1)):
             clock[0] += 0.1
             counters[0] += int(up * 0.1)
             counters[1] += int(down * 0.1)
-            meter.sample(lambda: [sock])
+            meter.sample(lambda: [sock], backlog)
 
-    def exchange(*flows: tuple[float, float, float]) -> tuple[float, float]:
+    def exchange(*flows: tuple[Any, ...]) -> tuple[float, float]:
         clock[0] += 1.0
         meter.begin()
         for one in flows:
@@ -114,4 +115,8 @@ def test_the_meter_takes_the_fastest_two_seconds_and_forgets_slowly(monkeypatch:
         exchange((5, rate, rate))
         settled.append(meter.settled)
     assert settled == [False, True, False, True], "not while it still rises"
+    exchange((2, 90e6, 90e6), (4, 10e6, 10e6, False))
+    assert meter.settled, "its fastest part was the link's own rate"
+    exchange((1, 90e6, 90e6), (4, 10e6, 10e6, False))
+    assert not meter.settled, "others were waited for"
     sock.close()
