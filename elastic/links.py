@@ -62,6 +62,8 @@ class Link:
         """Bytes/s at most; 0: no limit."""
         self.wanted = 1
         """Streams that were dialled, or are being."""
+        self.unsent = 0
+        """Parcels that wait, or are on their way into a socket."""
         self.early: OrderedDict[str, list[tuple[Message, bytearray]]] = OrderedDict()
         """attempt -> what came for it before it began here."""
         self._early_bytes = self._lent = 0
@@ -70,12 +72,9 @@ class Link:
         self._lock = threading.Lock()
 
     def put(self, parcel: Parcel) -> None:
+        with self._lock:
+            self.unsent += 1
         self._parcels.put(parcel)
-
-    @property
-    def backlog(self) -> bool:
-        """There is more to send than the streams take."""
-        return not self._parcels.empty()
 
     def add(self, connection: Connection) -> None:
         """Sends and receives on one more stream until it, or the link, breaks."""
@@ -149,6 +148,8 @@ class Link:
             while (parcel := self._parcels.get()) is not None:
                 frame = parcel.build()
                 parcel.sent(0 if frame is None else connection.send(*frame))
+                with self._lock:
+                    self.unsent -= 1
         except OSError as error:
             self.close(str(error))
 
@@ -185,7 +186,7 @@ class Links:
 
     def sample(self) -> None:
         """A look at what the links carry, for their rates."""
-        self.meter.sample(self._sockets, any(link.backlog for link in self.all()))
+        self.meter.sample(self._sockets, any(link.unsent for link in self.all()))
 
     def _sockets(self) -> Iterable[socket.socket]:
         return [stream.sock for link in self.all() for stream in link.streams]

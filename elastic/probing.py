@@ -190,7 +190,7 @@ def _flood(streams: list[Connection], kind: str, seconds: float) -> float:
     with ThreadPoolExecutor(len(streams)) as pool:
         rates = [pool.submit(_stream, one, kind, seconds) for one in streams]
         while not all(rate.done() for rate in rates):
-            meter.sample(lambda: [one.sock for one in streams], backlog=True)
+            meter.sample(lambda: [one.sock for one in streams], busy=True)
             time.sleep(tcp.SAMPLE)
     meter.end()
     total = sum(rate.result() for rate in rates)

@@ -36,7 +36,7 @@ LEAST = 1 << 19
 FADE = 0.9
 """What is left of an older rate when a newer measurement is lower."""
 FULL = 0.75
-"""Share of that time with frames waiting for a free stream: then the rate is the link's, not that of what there was to send."""
+"""Share of that time with something to send: then the rate is the link's, not that of what there was."""
 GROWN = 1.15
 """Times what was known before: a rate that rises by more, as while streams find their windows, has not shown its limit yet."""
 
@@ -140,14 +140,14 @@ class Meter:
                 self._samples.clear()
                 self._peaks, self._before, self._full, self._rtt = (0.0, 0.0), self.up, 0.0, 0.0
 
-    def sample(self, sockets: Callable[[], Iterable[socket.socket]], backlog: bool) -> None:
-        """Call it every `SAMPLE` seconds or so while data flows. backlog: more waits to be sent than the sockets take."""
+    def sample(self, sockets: Callable[[], Iterable[socket.socket]], busy: bool) -> None:
+        """Call it every `SAMPLE` seconds or so while data flows. busy: there is more to send than the sockets have taken."""
         with self._lock:
             now = time.monotonic()
             if self._samples and now - self._samples[-1][0] < SAMPLE:
                 return
             self._totals = self._count(sockets())
-            self._samples.append((now, *self._totals, backlog))
+            self._samples.append((now, *self._totals, busy))
             while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW:
                 self._samples.popleft()
             if now - self._samples[0][0] >= WINDOW:
@@ -167,7 +167,8 @@ class Meter:
         (_, sent0, received0, _), (_, sent, received, _) = self._samples[0], self._samples[-1]
         up, down = (sent - sent0) / seconds, (received - received0) / seconds
         if up > self._peaks[0]:
-            self._full = sum(backlog for *_, backlog in self._samples) / len(self._samples)
+            share = sum(busy for *_, busy in self._samples) / len(self._samples)
+            self._full = share * (self._samples[-1][0] - self._samples[0][0]) / seconds
         self._peaks = (max(self._peaks[0], up), max(self._peaks[1], down))
 
     def end(self) -> None:

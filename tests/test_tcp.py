@@ -88,12 +88,12 @@ def test_the_meter_takes_the_fastest_two_seconds_and_forgets_slowly(monkeypatch:
     monkeypatch.setattr(tcp, "info", lambda _: tcp.Info(0.1, counters[0], counters[1]))
     meter = tcp.Meter()
 
-    def flow(seconds: float, up: float, down: float, backlog: bool = True) -> None:
+    def flow(seconds: float, up: float, down: float, busy: bool = True) -> None:
         for _ in range(round(seconds / 0.1)):
             clock[0] += 0.1
             counters[0] += int(up * 0.1)
             counters[1] += int(down * 0.1)
-            meter.sample(lambda: [sock], backlog)
+            meter.sample(lambda: [sock], busy)
 
     def exchange(*flows: tuple[Any, ...]) -> tuple[float, float]:
         clock[0] += 1.0
