@@ -17,7 +17,7 @@ from diloco import norms
 from diloco.ledger import Lease, Ledger
 from diloco.settings import Settings
 
-PROTOCOL = 5
+PROTOCOL = 6
 Entry = Mapping[str, Any]
 
 

@@ -23,6 +23,9 @@ from elastic.wire import Message, WireError
 CHUNK = 256 << 10
 """Bytes of a message, about: every stream carries one at a time, so a chunk is complete, and its sum can be on its way, after
 as many chunks as there are streams."""
+LEAST_CHUNKS = 16
+"""That a rank has for another one at least, as far as blocks allow: of a small fragment, too, all streams are to have some until
+the end."""
 MAX_CHUNK = 64
 """Blocks in a message at most, of a codec that makes very little of them."""
 WINDOW = 32 << 20
@@ -73,8 +76,9 @@ class Attempt:
         self.first, self.last = rank_blocks(self.blocks, self.rank, len(order.parties[me].endpoints))
         worlds = [len(p.endpoints) for p in order.parties]
         mine = [c for c in cells(self.blocks, worlds, order.shares) if c.ranks[me] == self.rank]
-        self.chunk = min(max(round(CHUNK / self.arithmetic.size(fragment, 0, 1)), 1), MAX_CHUNK)
-        """Blocks in a message."""
+        even = self.arithmetic.size(fragment, 0, self.blocks) / (members * max(worlds) * LEAST_CHUNKS)
+        self.chunk = min(max(round(min(CHUNK, even) / self.arithmetic.size(fragment, 0, 1)), 1), MAX_CHUNK)
+        """Blocks in a message, everywhere the same."""
         self.others = [k for k in range(members) if k != me]
         size = self.arithmetic.size(fragment, 0, min(self.chunk, self.blocks))
         self.window = max(WINDOW // size, 1)

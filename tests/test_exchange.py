@@ -82,6 +82,18 @@ def test_a_member_may_own_nothing_or_everything(cluster: Make, worlds: tuple[int
     assert c.idle()
 
 
+def test_small_fragments_are_cut_finer(cluster: Make) -> None:
+    """So that all streams have something to send until the end; a part is a block at least."""
+    few, many = 3 * BLOCK, 2 * attempt.LEAST_CHUNKS * 4 * BLOCK
+    for n, elements in enumerate((few, many)):
+        c = cluster((1, 1), elements)
+        c.start(f"a{n}", range(2), only=[0])
+        (side,) = c.members[0][0].exchanger._attempts[f"a{n}"].sides.values()
+        assert len(side.parts) == min(elements // BLOCK // 2, attempt.LEAST_CHUNKS)
+        c.start(f"a{n}", range(2), only=[1])
+        c.assert_result(f"a{n}", range(2))
+
+
 def test_parts_that_wait_for_a_slow_member_fill_no_more_than_the_window(
     cluster: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
