@@ -15,8 +15,9 @@ from diloco.fragments import BLOCK, group_parameters
 from elastic.plan import WHOLE, exchange_seconds, ownership
 from launch.simulating import Paces, Schedule, simulate
 
-ROUND_TRIPS = 3
-"""Of a round: its answers, the exchange's own (as in its floor in tests.bench.exchange), and that all hold the result."""
+ROUND_TRIPS = 3.5
+"""Of a round: one for its proposal and the answers, half a one for its start, the exchange's own (as in its floor in
+tests.bench.exchange), and half a one each until all know that all hold the result, and that it is committed."""
 FP32 = 4
 INNER_PLANES = 3
 """Local parameters and AdamW's two moments."""

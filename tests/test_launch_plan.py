@@ -90,7 +90,7 @@ def test_json_holds_every_number() -> None:
     assert (eu["name"], eu["gpus"], eu["batch"]) == ("eu", 64, 16 * 64)
     configured = found["ways"][0]
     assert configured["bytes"] == pytest.approx(found["parameters"] * 1.015625, rel=1e-6)
-    assert configured["seconds"] == pytest.approx(configured["bytes"] * (8 / 0.5e9 + 8 / 1e9) + 3 * 0.08)
+    assert configured["seconds"] == pytest.approx(configured["bytes"] * (8 / 0.5e9 + 8 / 1e9) + 3.5 * 0.08)
     assert configured["utilization"][0] == pytest.approx(
         100 * eu["step_seconds"] / (100 * eu["step_seconds"] + configured["seconds"]), rel=1e-6
     )

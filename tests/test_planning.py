@@ -17,7 +17,6 @@ from diloco.model import build_llama, next_token_loss
 from elastic.plan import WHOLE, ownership
 from launch.advising import candidates, needed, recommend, scaled, sweep, ways
 from launch.planning import (
-    ROUND_TRIPS,
     Site,
     Way,
     Work,
@@ -71,9 +70,9 @@ def test_a_round_between_two() -> None:
     n = CODECS["int8"].size(WORK.count, BLOCK)
     found = traffic([EU, US], n, "int8", rtt=0.1, durable=True)
     assert found.stored == pytest.approx(n / (100 * MBIT))
-    assert found.seconds == pytest.approx(n / (50 * MBIT) + found.stored + ROUND_TRIPS * 0.1)
+    assert found.seconds == pytest.approx(n / (50 * MBIT) + found.stored + 0.35)
     assert found.up == pytest.approx((2 * n, n)) and found.down == pytest.approx((n, n))
-    assert traffic([EU, US], n, "int8", 0.1, durable=False).seconds == pytest.approx(n / (50 * MBIT) + 0.3)
+    assert traffic([EU, US], n, "int8", 0.1, durable=False).seconds == pytest.approx(n / (50 * MBIT) + 0.35)
 
 
 def test_sparse_contributions_go_to_everyone() -> None:
