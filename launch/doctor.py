@@ -5,7 +5,7 @@ memory, certificates or secret, store (credentials, conditional PUT, clock, rate
 ports both ways, round trip, rate both ways, clocks.
 
 The others are doctors that run at the same time with the same run.store, and the members of a run that is under way, which is
-not disturbed. Start it in all regions at once.
+not disturbed: their devices are compared as their last doctors found them. Start it in all regions at once.
 
     peers=N            other regions to wait for; default: elastic.start_regions - 1
     wait=60            seconds to wait for them
@@ -96,12 +96,11 @@ def examine_all(request: Request) -> list[Finding]:
     finding, lighthouse = _lighthouse(cfg, security)
     found.append(finding)
     try:
-        ways, peers = _peers(request, store, security, facts)
+        ways, peers, devices = _peers(request, store, security, facts)
     finally:
         if lighthouse is not None:
             lighthouse.shutdown()
-    known = [*rates, *(rate for peer in peers for rate in peer.facts.get("devices", []))]
-    return [checks.slow(host, known), *found, *ways, *_versions(facts, peers)]
+    return [checks.slow(host, [*rates, *devices]), *found, *ways, *_versions(facts, peers)]
 
 
 def _config(cfg: Config) -> Finding:
@@ -133,14 +132,15 @@ def _state(store: Store) -> State | None:
 
 def _peers(
     request: Request, store: Store, security: Security, facts: dict[str, Any]
-) -> tuple[list[Finding], list[Peer]]:
+) -> tuple[list[Finding], list[Peer], list[dict[str, Any]]]:
+    """What is found of them, them, and their devices."""
     try:
         meeting = Meeting(request.cfg, store, security, _state(store), facts)
     except (OSError, JournalError) as error:
         remedy = (
             "set elastic.host to an address of this machine, elastic.gateway to one that answers, run.store to a run"
         )
-        return [Finding("peers", FAIL, f"cannot meet them: {error}", remedy)], []
+        return [Finding("peers", FAIL, f"cannot meet them: {error}", remedy)], [], []
     peers: list[Peer] = []
     try:
         if request.peers:
@@ -159,9 +159,10 @@ def _peers(
             found.append(
                 Finding("peers", WARN, "nobody else is there", "start it in all regions at once, with peers=N")
             )
-        return found, peers
+        devices = [device for peer in peers for device in peer.facts.get("devices", [])]
+        return found, peers, [*devices, *meeting.remembered(peers)]
     except StoreError as error:
-        return [Finding("peers", FAIL, str(error), "see to it that run.store stays reachable")], peers
+        return [Finding("peers", FAIL, str(error), "see to it that run.store stays reachable")], peers, []
     finally:
         meeting.close(peers)
 

@@ -24,7 +24,7 @@ from elastic.security import Security, region_of
 from elastic.wire import NONSENSE
 from launch.checks import FAIL, OK, WARN, Finding, clock
 
-FOLDER = "doctor"
+FOLDER, RATES = "doctor", "doctor-rates"
 STALE = 600.0
 """Seconds after which who has not taken its entry away is dead."""
 LINGER, BRIEFLY = 20.0, 5.0
@@ -44,16 +44,23 @@ class Peer:
 def parse(data: bytes) -> Peer:
     """A doctor's entry. Raises one of NONSENSE if it is none."""
     said = json.loads(data)
-    facts = said["facts"]
-    devices: list[dict[str, Any]] = [
-        {**{key: str(d[key]) for key in ("where", "device", "kind")}, "flops": float(d["flops"])}
-        for d in facts.get("devices", [])
-    ]
+    facts, member = said["facts"], str(said["member"])
     software = {str(name): str(version) for name, version in facts.get("software", {}).items()}
-    member = str(said["member"])
-    if not region_of(member) or not all(0 < d["flops"] < math.inf for d in devices):
+    if not region_of(member):
         raise ValueError(member)
-    return Peer(member, (str(said["endpoint"]),), {"software": software, "devices": devices})
+    return Peer(
+        member, (str(said["endpoint"]),), {"software": software, "devices": parse_devices(facts.get("devices", []))}
+    )
+
+
+def parse_devices(said: list[Any]) -> list[dict[str, Any]]:
+    """As in `Meeting`'s facts. Raises one of NONSENSE."""
+    devices: list[dict[str, Any]] = [
+        {**{key: str(d[key]) for key in ("where", "device", "kind")}, "flops": float(d["flops"])} for d in said
+    ]
+    if not all(0 < d["flops"] < math.inf for d in devices):
+        raise ValueError(devices)
+    return devices
 
 
 class Meeting:
@@ -65,6 +72,9 @@ class Meeting:
         self.reached = set[str]()
         """Members that this doctor has measured the way to."""
         self._left = set[str]()
+        self._facts = facts
+        self._answering: dict[str, bool] = {}
+        """Member of a live run -> whether it does; asked once."""
         self._changed = threading.Condition()
         self.node = Node(own_host(cfg.elastic.host, cfg.elastic.lighthouse), security=security)
         run, fingerprint = (state.run, dict(state.fingerprint)) if state else ("doctor", {})
@@ -88,7 +98,7 @@ class Meeting:
             self._changed.notify_all()
 
     def find(self, count: int, seconds: float) -> list[Peer]:
-        """Those of the run that are there, once there are `count`, or after some seconds."""
+        """Those of the run, once `count` are there, or after some seconds."""
         until = time.monotonic() + seconds
         while True:
             found = self._look()
@@ -97,13 +107,34 @@ class Meeting:
             time.sleep(POLL)
 
     def regions(self, peers: Sequence[Peer]) -> set[str]:
-        """Those of them that are not this one, which may have more machines."""
-        return {region_of(peer.member) for peer in peers} - {self.cfg.region.name}
+        """Those of them that are there, and not this one, which may have more machines."""
+        return {region_of(peer.member) for peer in peers if self._there(peer)} - {self.cfg.region.name}
+
+    def _there(self, peer: Peer) -> bool:
+        """The journal has members that died. Of one that only dials out nobody can tell."""
+        if peer.facts or not all(peer.endpoints):
+            return True
+        if peer.member not in self._answering:
+            try:
+                self.node.release(self.node.dial(peer.endpoints[0], "probe", probing.SILENCE)[0])
+                self._answering[peer.member] = True
+            except OSError:
+                self._answering[peer.member] = False
+        return self._answering[peer.member]
+
+    def remembered(self, peers: Sequence[Peer]) -> list[dict[str, Any]]:
+        """Devices of live members, which have no time for a measurement: as their last doctors found them."""
+        regions, found = {region_of(peer.member) for peer in peers if not peer.facts}, list[dict[str, Any]]()
+        for key in self.store.list(RATES) if regions else ():
+            with suppress(FileNotFoundError, RecursionError, *NONSENSE):
+                devices = parse_devices(json.loads(self.store.read(key)))
+                found += [device for device in devices if device["where"].partition("/")[0] in regions]
+        return found
 
     def _look(self) -> list[Peer]:
         """Doctors, and members of a live run in regions that have none."""
         doctors = self._doctors()
-        there = {self.cfg.region.name, *self.regions(doctors)}
+        there = {self.cfg.region.name, *(region_of(peer.member) for peer in doctors)}
         ended = self.state is None or self.state.stopped is not None
         members = [] if ended or self.state is None else list(self.state.members.values())
         living = [Peer(m.id, (*m.data, *m.endpoints), {}) for m in members if m.region not in there]
@@ -119,13 +150,15 @@ class Meeting:
         return found
 
     def close(self, peers: Sequence[Peer]) -> None:
-        """Stays until the doctors among them have measured the way here."""
+        """Stays until the doctors among them have measured the way here. What stays is how fast these devices are."""
         doctors = {peer.member for peer in peers if peer.facts and self.endpoint}
         with self._changed:
             self._changed.wait_for(lambda: doctors <= self._left, BRIEFLY)
             self._changed.wait_for(lambda: doctors & self.reached <= self._left, LINGER - BRIEFLY)
-        self.store.delete(self._key)
         self.node.close()
+        self.store.delete(self._key)
+        if devices := self._facts.get("devices"):
+            self.store.write(f"{RATES}/{devices[0]['where'].replace('/', '=')}.json", json.dumps(devices).encode())
 
 
 def examine(meeting: Meeting, peer: Peer, seconds: float) -> list[Finding]:

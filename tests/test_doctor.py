@@ -78,17 +78,24 @@ def test_two_doctors_find_each_other_and_all_is_well(server: str, tmp_path: Path
         assert "365 days" in of(found, "proofs")[0]["found"] or "364 days" in of(found, "proofs")[0]["found"]
         assert of(found, "store rate")[0]["values"]["up"] > 0 and of(found, "lighthouse")[0]["state"] == "ok"
         assert of(found, "devices")[0]["values"]["devices"][0]["flops"] > 1e8
-    assert Store(store).list() == []
+    left = [json.loads(Store(store).read(key)) for key in Store(store).list()]
+    assert sorted(device["where"].partition("/")[0] for (device,) in left) == ["eu", "us"], "their speeds, and no more"
 
 
-def test_a_doctor_beside_a_live_run_measures_the_way_and_leaves_no_trace(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_doctor_beside_a_live_run_measures_the_way_and_is_not_noticed(cluster: Cluster, tmp_path: Path) -> None:
+    """The member's device is compared as its own doctor found it."""
     eu = cluster.start("eu", *ENDLESS)
+    fast = {"where": "eu/there", "device": "cpu", "kind": "cpu with 1 threads", "flops": 1e15}
+    for place, device in (("eu", fast), ("asia", {**fast, "where": "asia/gone", "flops": 1e18}), ("odd", {})):
+        Store(str(cluster.run / "store")).write(f"doctor-rates/{place}.json", json.dumps([device]).encode())
     cluster.until(lambda: cluster.rounds() >= 2)
     before = Store(str(cluster.run / "store")).list("journal")
     lighthouse = f"elastic.lighthouse=http://127.0.0.1:{cluster.port}"
     code, found = ended(start("us", tmp_path, f"run.dir={cluster.run}", lighthouse, "peers=1", "wait=30"))
     assert code == 0, found
     assert of(found, "peer eu")[0]["values"]["up"] > 1e6 and "ports open both ways" in of(found, "peer eu")[0]["found"]
+    (slow,) = of(found, "devices")[0]["values"]["slow"]
+    assert slow.startswith("us/") and "of the usual" in slow, "named, next to the live member's"
     since = cluster.rounds()
     cluster.until(lambda: cluster.rounds() >= since + 2)
     eu.signal(signal.SIGTERM)
@@ -163,7 +170,12 @@ def test_whom_a_doctor_looks_for(tmp_path: Path) -> None:
             (silent,) = examine(meeting, Peer("us_2", (f"127.0.0.1:{free_port()}",), {}), 0.1)
             assert silent.state == WARN and "is in the journal, and does not answer" in silent.found
             store.write("doctor/eu_7.json", json.dumps(entry).encode())
-            assert meeting.regions(meeting.find(0, 0)) == {"us"} and meeting.regions(meeting.find(0, 0)[1:]) == set()
+            assert meeting.regions(meeting.find(0, 0)) == set(), "it is dead: the doctor goes on waiting for another"
+            other = Node("127.0.0.1", security=OPEN)
+            other.identity = meeting.node.identity
+            probing.serve(other)
+            assert meeting.regions([Peer("us_3", (other.endpoint,), {})]) == {"us"}
+            other.close()
             store.write("doctor/us_8.json", json.dumps({**entry, "member": "us_8"}).encode())
             assert {peer.member for peer in meeting.find(0, 0)} == {"eu_7", "us_8"}
         meeting.close([])
