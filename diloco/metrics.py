@@ -139,7 +139,7 @@ class EvalRecord:
     """That it is the mean of."""
     seconds: float
     set: str = HELD_OUT
-    """Or a name of run.eval_sets."""
+    """Or a name of run.eval_sets; region/source of what that region alone holds."""
 
 
 Record = RunRecord | StepRecord | RoundRecord | EvalRecord

@@ -108,6 +108,11 @@ def shares_of(own: Sequence[Own], region: str) -> dict[str, Fraction]:
     }
 
 
+def heldout_of(own: Sequence[Own], region: str) -> dict[str, Dataset]:
+    """Evaluation sets that only this region can evaluate, named as in the ledger."""
+    return {f"{region}/{each.name}": each.samples for each in own if each.samples.heldout_windows}
+
+
 class Regional:
     """Samples of `data` and of a region's own sources, by the ids that `diloco.reading` gives."""
 

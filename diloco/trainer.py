@@ -35,7 +35,7 @@ from diloco.mixing import build_samples
 from diloco.parallel import Region, layer_of, parallelize
 from diloco.planes import Bits, Planes
 from diloco.reading import Ranges, Reader
-from diloco.regional import Regional, build_own, shares_of
+from diloco.regional import Regional, build_own, heldout_of, shares_of
 from diloco.report import Reporter
 from diloco.resetting import start_again
 from diloco.saving import Saver
@@ -75,7 +75,8 @@ class Trainer:
         self.dataset = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
         self.own = build_own(cfg.region, cfg.data, self.dataset.source, cfg.inner.seq_len, cfg.run.seed)
         self.samples = Regional(self.dataset, self.own)
-        self.eval_sets = build_eval_sets(cfg.data, cfg.run.eval_sets, self.dataset, cfg.inner.seq_len)
+        common = build_eval_sets(cfg.data, cfg.run.eval_sets, self.dataset, cfg.inner.seq_len)
+        self.eval_sets = {**common, **heldout_of(self.own, cfg.region.name)}
         self.model = build_model(cfg, region, self.dataset.source.vocab)
         shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
         self.fragments = group_parameters(shapes, layer_of(self.model), cfg.outer.fragments)

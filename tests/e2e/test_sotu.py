@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from diloco.journal import main
+from diloco.metrics import HELD_OUT
 from tests.e2e.cluster import SHORT, Cluster
 from tests.texts import GPT2, SOTU, package
 
@@ -83,8 +84,12 @@ def test_each_region_has_times_of_its_own(cluster: Cluster, tokenizer: str, ever
         own = f"region.sources=[{{name: {century}, weight: 1, path: {cluster.directory}/{century}}}]"
         cluster.start(region, own, base=settings)
     cluster.finish()
-    losses = [record["bits_per_byte"] for record in cluster.records("eu", "eval")]
-    assert losses[-1] < losses[0] - 0.15, losses
+    for region, sets in (("eu", {HELD_OUT, "eu/old"}), ("us", {HELD_OUT, "us/new"})):
+        losses: dict[str, list[float]] = {}
+        for record in cluster.records(region, "eval"):
+            losses.setdefault(record["set"], []).append(record["bits_per_byte"])
+        assert losses.keys() == sets, "its own are evaluated where they are"
+        assert all(of_set[-1] < of_set[0] - 0.15 for of_set in losses.values()), losses
     assert main(["tokens", str(cluster.run)]) == 0
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[:2] == [["eu", "eu/old"], ["us", "us/new"]], rows
