@@ -1,14 +1,15 @@
 """Chunks of shards in object storage, on this machine's disk: all processes of the machine share them.
 
 A chunk is fetched when somebody reads it, by one process: others that want it wait for its lock, which ends with its holder.
-It is checked against the index before it gets its name, and again by every process that meets it. What was not read for
-longest goes first when the directory is full; whoever has it open reads on.
+It is checked against the index before it gets its name, and again by every process that meets it, which maps it into its memory.
+What was not read for longest goes first when the directory is full; whoever has it mapped reads on.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import mmap
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -36,6 +38,8 @@ FILL = 0.9
 """Of the limit, to which the cache is emptied when it is full."""
 KNOWN = 100_000
 """Chunks that a process remembers to have checked."""
+MAPPED = 1024
+"""Chunks that a process has mapped at most: as many as the usual group of the order has."""
 DIGEST = 32
 
 
@@ -49,6 +53,15 @@ class Shard:
 
 
 @dataclass
+class Mapped:
+    """A chunk that this process has checked. Nobody changes a chunk in place."""
+
+    data: memoryview
+    touched: float
+    """By time.monotonic(): when its file was last told that it is read."""
+
+
+@dataclass
 class Cache:
     """Of the folder at `url`, below the directory `root`, which holds caches and nothing else. Threads may share one."""
 
@@ -57,53 +70,72 @@ class Cache:
     folder: str
     """Of this url's chunks in `root`: another content needs another name."""
     limit: int
-    """Bytes below `root`, of all together; exceeded by 1/64 for each process at most."""
+    """Bytes below `root`, of all together; exceeded by 1/64 for each process at most, and on the disk by what one has mapped
+    still while others have removed it."""
     patience: float
     """Seconds for which an answer is waited for."""
     _checked: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     """(shard, chunk) -> (inode, size) of the file that this process has checked."""
+    _mapped: dict[tuple[str, int], Mapped] = field(default_factory=dict)
+    """The oldest first."""
     _sums: dict[str, bytes] = field(default_factory=dict)
     """Shard -> digests of its chunks, 32 bytes for each MiB that was ever asked of it."""
     _unseen: int = 1 << 62
     """Bytes fetched since this process looked at what there is."""
 
-    def read(self, shard: Shard, start: int, stop: int) -> bytes:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+    def read(self, shard: Shard, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of a shard. Raises OSError if they cannot be had."""
+        chunk, inside = divmod(start, CHUNK)
+        if inside + stop - start <= CHUNK:
+            return self._chunk(shard, chunk)[inside : inside + stop - start]
         parts = []
         while start < stop:
             chunk, inside = divmod(start, CHUNK)
             end = min(stop, (chunk + 1) * CHUNK)
-            parts.append(self._chunk(shard, chunk, inside, inside + end - start))
+            parts.append(self._chunk(shard, chunk)[inside : inside + end - start])
             start = end
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return memoryview(b"".join(parts))
 
-    def _chunk(self, shard: Shard, chunk: int, start: int, stop: int) -> bytes:
-        while (data := self._at_hand(shard, chunk, start, stop)) is None:
+    def _chunk(self, shard: Shard, chunk: int) -> memoryview:
+        mapped = self._mapped.get((shard.name, chunk))
+        if mapped is not None and time.monotonic() - mapped.touched < TOUCH_SECONDS:
+            return mapped.data
+        while (data := self._at_hand(shard, chunk)) is None:
             self.bring(shard, chunk, chunk + 1)
         return data
 
     def _path(self, shard: Shard, chunk: int) -> str:
         return f"{self.root}/{self.folder}/{shard.name}/{chunk:06d}"
 
-    def _at_hand(self, shard: Shard, chunk: int, start: int, stop: int) -> bytes | None:
-        path = self._path(shard, chunk)
+    def _at_hand(self, shard: Shard, chunk: int) -> memoryview | None:
+        """None: it is not here, any more or yet."""
+        key, path = (shard.name, chunk), self._path(shard, chunk)
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
+            self._mapped.pop(key, None)
             return None
         try:
-            status = os.fstat(file)
-            identity = status.st_ino, status.st_size
-            if self._checked.get((shard.name, chunk)) != identity:
-                if blake3(os.pread(file, CHUNK, 0)).digest() != self._digest(shard, chunk, time.monotonic()):
-                    print(f"data: {path} is damaged on this disk: fetching it again", flush=True)
-                    Path(path).unlink(missing_ok=True)
-                    return None
-                self._remember(shard, chunk, identity)
-            if time.time() - status.st_mtime > TOUCH_SECONDS:
-                with suppress(PermissionError):  # another user's: it may go sooner
-                    os.utime(file)
-            return os.pread(file, stop - start, start)
+            identity = _identity(file)
+            mapped = self._mapped.get(key)
+            if mapped is None or self._checked.get(key) != identity:
+                data = memoryview(mmap.mmap(file, 0, prot=mmap.PROT_READ) if identity[1] else b"")
+                if self._checked.get(key) != identity:
+                    if blake3(data).digest() != self._digest(shard, chunk, time.monotonic()):
+                        print(f"data: {path} is damaged on this disk: fetching it again", flush=True)
+                        Path(path).unlink(missing_ok=True)
+                        return None
+                    self._remember(shard, chunk, identity)
+                mapped = self._mapped[key] = Mapped(data, 0.0)
+                if len(self._mapped) > MAPPED:
+                    self._mapped.pop(next(iter(self._mapped)), None)
+            with suppress(PermissionError):  # another user's: it may go sooner
+                os.utime(file)
+            mapped.touched = time.monotonic()
+            return mapped.data
         finally:
             os.close(file)
 
@@ -140,7 +172,7 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         hidden = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         hidden.write_bytes(data)
-        self._remember(shard, chunk, (hidden.stat().st_ino, len(data)))
+        self._remember(shard, chunk, _identity(hidden))
         hidden.rename(path)
 
     def _digest(self, shard: Shard, chunk: int, begin: float) -> bytes:
@@ -201,6 +233,7 @@ class Cache:
             for _, size, path in found:
                 if total <= room:
                     return
+                self._mapped.clear()
                 with suppress(FileNotFoundError):
                     os.unlink(path)
                 total -= size
@@ -218,6 +251,11 @@ def _files(root: Path) -> Iterator[tuple[float, int, str]]:
                 with suppress(FileNotFoundError):
                     status = file.stat()
                     yield status.st_mtime, status.st_size, file.path
+
+
+def _identity(file: int | Path) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_ino, status.st_size
 
 
 def _is(checksum: str, data: memoryview) -> bool:

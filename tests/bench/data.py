@@ -150,9 +150,9 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
                 assert sum(pool.map(lambda key: len(store.read(key[0], key[1], key[1] + RAW_READ)), keys)) == size
 
         def download() -> None:
-            """To where it would be trained from."""
-            with ThreadPoolExecutor(4) as pool, (cache / "raw").open("wb") as file:
-                list(pool.map(partial(to_file, store, file.fileno()), range(0, len(keys) * RAW_READ, RAW_READ), keys))
+            """To where it would be trained from: a file for each request, so that writers do not wait for each other."""
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(partial(to_file, store, cache), keys))
 
         def epoch() -> None:
             samples = build_samples(prepared(url, cache), SHAPE["seq_len"], 0)
@@ -182,8 +182,8 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
     yield at_most("bytes fetched for them ÷ a shard's", SHARDS * median(held for _, held in cold) / size, "x", 1)
 
 
-def to_file(store: Store, file: int, at: int, key: tuple[str, int]) -> None:
-    os.pwrite(file, store.view(key[0], key[1], key[1] + RAW_READ), at)
+def to_file(store: Store, directory: Path, key: tuple[str, int]) -> None:
+    (directory / f"{key[0]}-{key[1]}").write_bytes(store.view(key[0], key[1], key[1] + RAW_READ))
 
 
 def read_all(samples: Samples) -> None:
