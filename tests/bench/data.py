@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -164,6 +165,7 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
                 list(pool.map(lambda call: call(), samples.fetches(range(samples.train_windows))))
 
         def empty() -> None:
+            gc.collect()  # what the last epoch has mapped is freed now, not in somebody's time
             shutil.rmtree(cache, ignore_errors=True)
             cache.mkdir()
 
