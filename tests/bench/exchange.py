@@ -22,8 +22,8 @@ from tests.bench._table import Row, at_least, at_most, number, show
 
 NAMES = ["eu", "us", "asia", "africa"]
 RTT = 0.1
-WARM = 3
-"""Exchanges until streams have found their windows, and pacing the rate."""
+WARM = 6
+"""Exchanges until the streams of four regions have found their windows, and pacing the rate; fewer regions need two or three."""
 MTU = 30_000
 """Two such packets travel together, which is what a network card with segmentation offload takes from TCP at once. At 9000 the
 lab's own work on packets fills the cores that four regions and their links share here; a row tells what that costs."""
