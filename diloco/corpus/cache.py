@@ -173,6 +173,7 @@ class Cache:
         hidden = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         hidden.write_bytes(data)
         self._remember(shard, chunk, _identity(hidden))
+        self._mapped.pop((shard.name, chunk), None)  # of a file that was removed
         hidden.rename(path)
 
     def _digest(self, shard: Shard, chunk: int, begin: float) -> bytes:
