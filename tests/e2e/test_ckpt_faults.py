@@ -75,7 +75,9 @@ class Stored:
         if (base := first[0]["base"]) in seen:
             assert first[0]["theta"] == seen[base], "bit for bit"
         else:
-            unseen = [e["seq"] for e in self.entries() if e["kind"] == "round" and max(seen, default=0) < e["seq"] <= base]
+            unseen = [
+                e["seq"] for e in self.entries() if e["kind"] == "round" and max(seen, default=0) < e["seq"] <= base
+            ]
             assert not of or unseen == [base], "no more than one was on its way"
             replay = [sys.executable, "-m", "diloco.journal", "replay", self.store.url]
             subprocess.run(replay, check=True, timeout=120)
