@@ -78,9 +78,8 @@ def main() -> int:
         return fail(str(error))
     except KeyboardInterrupt:  # before the region is a member, when there is nothing to leave
         return 130
-    except (
-        Exception
-    ):  # here, so that `leave` ends the process; in one piece: Python's own report lets other threads in between
+    except Exception:
+        # Here, so that `leave` ends the process; in one piece: Python's own report lets other threads in between.
         sys.stderr.flush()
         os.write(sys.stderr.fileno(), traceback.format_exc().encode())
         return 1

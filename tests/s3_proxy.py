@@ -102,6 +102,8 @@ class Proxy:
         self.rules: list[Rule] = []
         self.requests: list[tuple[str, str]] = []
         """(method, path and query) of all of them, in order, whatever became of them."""
+        self._underway: list[tuple[str, str]] = []
+        """Those of them that have no whole answer yet."""
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -152,6 +154,15 @@ class Proxy:
         fits = Rule("status", method, match).fits
         return sum(fits(*request) for request in list(self.requests))
 
+    def underway(self, method: str = "", match: str = "") -> int:
+        """Requests that have come, if only into the sockets, and have no whole answer yet."""
+        return asyncio.run_coroutine_threadsafe(self._look(Rule("status", method, match)), self._loop).result()
+
+    async def _look(self, rule: Rule) -> int:
+        for _ in range(10):  # turns of the loop: what waits in the sockets is read
+            await asyncio.sleep(0)
+        return sum(rule.fits(*request) for request in self._underway)
+
     def _rule_for(self, method: str, target: str) -> Rule | None:
         with self._lock:
             self.requests.append((method, target))
@@ -164,9 +175,14 @@ class Proxy:
         try:
             with suppress(OSError, asyncio.IncompleteReadError):
                 while (head := await _read_head(reader)) is not None:
-                    rule = self._rule_for(head.first[0], head.first[1])
-                    if not await self._exchange(head, (reader, writer), rule):
-                        break
+                    request = head.first[0], head.first[1]
+                    rule = self._rule_for(*request)
+                    self._underway.append(request)
+                    try:
+                        if not await self._exchange(head, (reader, writer), rule):
+                            break
+                    finally:
+                        self._underway.remove(request)
         except asyncio.CancelledError:
             pass  # the proxy closes
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,6 +269,33 @@ def test_the_wait_for_another_reader_counts(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StoreError, match="away"):
         cache.bring(Shard("train-00000", CHUNK, ""), 0, 1)
     assert len(tries) == 1
+
+
+def test_a_removed_chunk_is_read_on_for_a_moment_and_then_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as its file need not be told that it is read. Few are mapped at once."""
+    data, fetches = bytes(CHUNK) + b"second", []
+
+    def view(key: str, start: int, stop: int) -> memoryview:
+        fetches.append(start // CHUNK)
+        return memoryview(data)[start:stop]
+
+    monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(view=view))
+    cache, shard = Cache("memory://x", tmp_path, "folder", 1 << 40, 20.0), Shard("train-00000", len(data), "")
+    cache._sums[shard.name] = blake3(data[:CHUNK]).digest() + blake3(data[CHUNK:]).digest()
+    for removed in (False, True):
+        if removed:
+            (tmp_path / "folder" / shard.name / "000001").unlink()
+        assert cache.read(shard, CHUNK, CHUNK + 3) == b"sec" and fetches == [1]
+    assert ForkingPickler.dumps(cache), "data.workers take it along, but for what is mapped"
+    assert copy.copy(cache).read(shard, CHUNK - 1, CHUNK + 1) == b"\0s"
+    assert fetches == [1, 0, 1], "another process has only the files"
+    (tmp_path / "folder" / shard.name / "000001").unlink()
+    monkeypatch.setattr(caching, "TOUCH_SECONDS", 0.0)
+    assert cache.read(shard, CHUNK, CHUNK + 3) == b"sec" and fetches == [1, 0, 1, 1]
+    monkeypatch.setattr(caching, "MAPPED", 1)
+    assert cache.read(shard, CHUNK - 1, CHUNK + 1) == b"\0s" and len(cache._mapped) == 1
 
 
 def test_a_chunk_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

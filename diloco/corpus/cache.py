@@ -230,11 +230,12 @@ class Cache:
             self._unseen = 0
             found = sorted(_files(self.root))
             total = sum(size for _, size, _ in found)
-            room = int(FILL * self.limit) if total > self.limit - self.limit // 16 else total
+            if total <= self.limit - self.limit // 16:
+                return
+            self._mapped.clear()  # or what goes would stay on the disk
             for _, size, path in found:
-                if total <= room:
+                if total <= FILL * self.limit:
                     return
-                self._mapped.clear()
                 with suppress(FileNotFoundError):
                     os.unlink(path)
                 total -= size

@@ -174,12 +174,12 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
     finally:
         server.kill()
     yield Row("raw download to memory: 4 threads, 16 MiB each", 1e-6 * size / median(alone), "MB/s")
-    yield Row("raw download to a file", 1e-6 * size / median(stored), "MB/s")
+    yield Row("raw download to files", 1e-6 * size / median(stored), "MB/s")
     yield Row("fetched ahead: checked and in the cache", 1e-6 * size / median(fetched), "MB/s")
-    yield Row("that ÷ raw download to a file", 100 * median(stored) / median(fetched), "%")
+    yield Row("that ÷ raw download to files", 100 * median(stored) / median(fetched), "%")
     yield Row(f"an epoch of samples of {SHAPE['seq_len']} tokens, empty cache", 1e-6 * size / median(whole), "MB/s")
     yield at_least("streaming ÷ raw download to memory", 100 * median(alone) / median(whole), "%", 70)
-    yield Row("streaming ÷ raw download to a file", 100 * median(stored) / median(whole), "%")
+    yield Row("streaming ÷ raw download to files", 100 * median(stored) / median(whole), "%")
     yield Row("the first 8 samples, empty cache", 1e3 * median(taken for taken, _ in cold), "ms")
     yield at_most("bytes fetched for them ÷ a shard's", SHARDS * median(held for _, held in cold) / size, "x", 1)
 
