@@ -183,8 +183,10 @@ def test_what_hangs_goes_on_when_it_is_over(store: Store, direct: Store, proxy: 
         thread = threading.Thread(target=lambda: said.append(outcome(lambda: store.create("a", b"1"))))
         thread.start()
         until(lambda: rule.hits >= 1)
+        assert proxy.underway("PUT") == 1 and not proxy.underway("GET")
     thread.join(90)
     assert said == [True] and direct.read("a") == b"1"
+    until(lambda: not proxy.underway())
 
 
 def test_a_killed_server_and_its_next_life(store: Store, weed: Server) -> None:
