@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,8 +204,6 @@ class Settlement:
 def settle(parts: Sequence[Part], members: Sequence[str]) -> Settlement:
     """What the parts at one prefix come to, for those that share it by these members."""
     said = _complete_totals(parts)
-    reference = min(said, default="")
-    wrong = sorted({f"{m}: {key}" for m, t in said.items() for key in _differences(t, said[reference])})
     sources = defaultdict[int, dict[str, dict[int, Part]]](lambda: defaultdict(dict))
     for part in parts:
         if part.members == tuple(members) and part.member in said:
@@ -219,8 +217,7 @@ def settle(parts: Sequence[Part], members: Sequence[str]) -> Settlement:
             continue
         source = whole[owner if owner in whole else min(whole)]
         chosen += [record for rank in sorted(source) for record in source[rank].shards]
-    differ = f"not the same as those of {reference}: {', '.join(wrong)}" if wrong else ""
-    return Settlement(chosen, missing, differ, said.get(reference, {}))
+    return Settlement(chosen, missing, _differences(said), next(iter(said.values()), {}))
 
 
 def _complete_totals(parts: Sequence[Part]) -> dict[str, dict[str, int]]:
@@ -238,5 +235,14 @@ def _complete_totals(parts: Sequence[Part]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _differences(one: dict[str, int], other: dict[str, int]) -> list[str]:
-    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+def _differences(said: Mapping[str, Mapping[str, int]]) -> str:
+    """Who has what, fewest first; empty if all have the same."""
+    found = []
+    for key in sorted({key for totals in said.values() for key in totals}):
+        holders = defaultdict[int | None, list[str]](list)
+        for member in sorted(said):
+            holders[said[member].get(key)].append(member)
+        sides = sorted(holders.values(), key=lambda members: (len(members), members))
+        if len(sides) > 1:
+            found.append(f"{key}: {' against '.join(', '.join(side) for side in sides)}")
+    return "; ".join(found)

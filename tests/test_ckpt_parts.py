@@ -86,7 +86,9 @@ def test_members_that_differ_are_named_once_all_their_ranks_have_spoken() -> Non
     half = [said("a", 0, 1), said("a", 1, 2), said("b", 0, 0)]
     assert settle(half, ["a", "b"]).differ == ""
     assert settle([*half, said("b", 1, 3)], ["a", "b"]).differ == ""
-    assert settle([*half, said("b", 1, 4)], ["a", "b"]).differ == "not the same as those of a: b: theta/0"
+    odd = [*half, said("b", 1, 4)]
+    assert settle(odd, ["a", "b"]).differ == "theta/0: a against b"
+    assert settle([*odd, said("c", 0, 1), said("c", 1, 2)], ["a", "b"]).differ == "theta/0: b against a, c"
 
 
 @given(st.lists(st.integers(1, 50), max_size=6), st.integers(1, 30))

@@ -18,6 +18,7 @@ from diloco import train, trainer
 from diloco.control import Order
 from diloco.fold import State
 from elastic.coordinator import Commands
+from elastic.order import Outcome
 from tests.e2e.sampled import Sampled
 
 
@@ -31,21 +32,21 @@ class Recorded(Sampled):
         """The coordinator hears of the end of an exchange later than it was."""
         coordinator = self.links.coordinator
         assert coordinator is not None
-        hear, take, ended = coordinator.ranks.on_outcome, coordinator.take, []
-        waited: tuple[list[int], float] = [], 0.0
-        """What was merged when the last one was heard early, and when."""
+        hear, take, ended = coordinator.ranks.on_outcome, coordinator.take, list[tuple[int, int, Outcome]]()
+        heard: tuple[list[int], float] = [], 0.0
+        """What was merged when an end was last heard of, and when."""
 
         def slow_take(timeout: float = 0.0) -> Commands:
-            nonlocal waited
+            nonlocal heard
             bases, now = list(self.planes.bases), time.monotonic()
+            due = [end for end in ended if self.clock.steps >= end[0] + steps]
             # The region waits for the first of them only: the others stay in flight when that is merged.
-            waiting = timeout > 0 and (bases != waited[0] or now > waited[1] + 1)
-            for at, rank, outcome in list(ended):
-                if waiting or self.clock.steps >= at + steps:
-                    if waiting:
-                        waiting, waited = False, (bases, now)
-                    ended.remove((at, rank, outcome))
-                    hear(rank, outcome)
+            if ended and not due and timeout > 0 and (bases != heard[0] or now > heard[1] + 1):
+                due = [end for end in ended if end[2].attempt == ended[0][2].attempt]
+            for end in due:
+                heard = bases, now
+                ended.remove(end)
+                hear(end[1], end[2])
             return take(min(timeout, 0.05))
 
         coordinator.ranks.on_outcome = lambda rank, outcome: ended.append((self.clock.steps, rank, outcome))
