@@ -1,7 +1,8 @@
 """`python -m ckpt.uploader FD URL`: uploads what a rank has copied into its arena, which is the file FD, to the store at URL.
 
 Jobs come as lines of JSON on stdin, answers go as such to stdout. A rank that dies loses nothing that it has handed over:
-this process goes on from the arena, and ends when the job is done or its deadline has passed. It needs no torch.
+this process goes on from the arena until the job is done or its deadline has passed, and keeps it for a while after (see
+ckpt.survivor) unless it was dismissed. It needs no torch.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from ckpt.meeting import LateError, Meeting, Outcome, persist
 from ckpt.parts import ITEM, Attempt, Held, Part
 from ckpt.retention import Rules, collect
 from ckpt.store import Store, StoreError
+from ckpt.survivor import Keeper, digests
 
 UPLOADS = 3
 """Shards that are uploaded at once: so many are in memory."""
 NICE = 10
+DISMISSED = {"dismissed": True}
+"""In place of a job: the rank ends, and nobody will come in its place."""
 
 
 class ConflictError(Exception):
@@ -96,12 +100,15 @@ class Upload:
         return self.arena[piece.at : piece.at + ITEM * (piece.stop - piece.start)]
 
 
-def run(store: Store, arena: memoryview, job: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def run(store: Store, arena: memoryview, job: dict[str, Any], keeper: Keeper) -> Iterable[dict[str, Any]]:
     """The answers to a job: one for each of its attempts, which are uploaded one after the other, and what was cleaned up.
     The arena is done with after the one that says `done`."""
-    attempts = [parts.parse_attempt(each) for each in job["attempts"]]
+    attempts, keeper.busy = [parts.parse_attempt(each) for each in job["attempts"]], True
     with ThreadPoolExecutor(UPLOADS) as pool, ThreadPoolExecutor(1) as hashing:
         uploads = [Upload(store, arena, attempt, job["until"], pool, hashing) for attempt in attempts]
+        if keep := job.get("keep"):
+            held = [Held(**each) for each in keep["what"]["held"]]
+            keeper.hold(keep["name"], keep["what"], hashing.submit(digests, arena, held))
         outcomes = [_tried(upload) for upload in uploads]
         won = []
         tried = [*zip(uploads, outcomes, strict=True)]
@@ -110,6 +117,7 @@ def run(store: Store, arena: memoryview, job: dict[str, Any]) -> Iterable[dict[s
             won += [upload.attempt.prefix.rpartition("/")[0]] if outcome.mine else []
             numbers = {"bytes": upload.sent, "seconds": time.monotonic() - job["since"], "took": upload.took}
             yield {"id": job["id"], "prefix": upload.attempt.prefix, **vars(outcome), **numbers}
+    keeper.busy = False
     yield {"id": job["id"], "done": True}
     for root in won:
         yield from _clean_up(store, root, job)
@@ -159,18 +167,24 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError):
         os.nice(NICE)  # training comes first
-    arena = Arena.attach(int(arguments[0])).bytes
-    store = Store(arguments[1])
-    alive = True
+    descriptor, store = int(arguments[0]), Store(arguments[1])
+    arena, keeper = Arena.attach(descriptor).bytes, Keeper(descriptor)
+    alive, linger = True, 0.0
     for line in sys.stdin:
         if not line.endswith("\n"):
             break  # the rank has died while it said it
-        for answer in run(store, arena, json.loads(line)):
+        job = json.loads(line)
+        if job == DISMISSED:
+            return 0
+        linger = job.get("keep", {}).get("linger", 0.0)
+        for answer in run(store, arena, job, keeper):
             try:
                 if alive:
                     print(json.dumps(answer), flush=True)
             except BrokenPipeError:  # the rank has died: what it has handed over is stored all the same
                 alive = False
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keeper.linger(linger)
     return 0
 
 

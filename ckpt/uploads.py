@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.arena import Arena
+from ckpt.uploader import DISMISSED
 
 TRIES = 5
 """Uploaders that a job gets."""
@@ -67,6 +68,14 @@ class Uploads:
         """Until the job is done, if that is so in time."""
         with self._turn:
             return self._turn.wait_for(lambda: self._job is None, seconds)
+
+    def dismiss(self) -> None:
+        """The uploader keeps nothing for a successor."""
+        with self._turn:
+            if self._process is not None and self._process.stdin is not None:
+                with suppress(OSError, ValueError):
+                    self._process.stdin.write(json.dumps(DISMISSED) + "\n")
+                    self._process.stdin.flush()
 
     def close(self) -> None:
         """The uploader ends by itself, after its job."""

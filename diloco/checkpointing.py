@@ -24,6 +24,9 @@ class CkptConfig:
     left after its last object."""
     upload_deadline: float = 600.0
     """Seconds after which an upload that the store refuses is given up."""
+    linger: float = 120.0
+    """Seconds for which the memory that a rank saves from outlives its death, for who is started in its place on the same
+    machine; 0: it does not."""
     make_up_after: float = 10.0
     """Seconds (or twice what the own upload took, if that is more) after which a region uploads what another one has not."""
     durable: bool = True
@@ -54,6 +57,10 @@ def validate(cfg: CkptConfig) -> None:
         raise ConfigError(
             f"ckpt.upload_deadline={cfg.upload_deadline} must be at least 1 and ckpt.make_up_after={cfg.make_up_after} "
             "above 0 seconds: raise them"
+        )
+    if not 0 <= cfg.linger <= 86400:
+        raise ConfigError(
+            f"ckpt.linger={cfg.linger} is not from 0 to 86400 seconds: set it to about 120, or 0 for none"
         )
     if cfg.lost_wait < 5:
         raise ConfigError(

@@ -63,6 +63,7 @@ class Checkpoints:
         start = {
             "rounds": 0,
             "cursor": 0,
+            "own": {},
             "applied": 0,
             "dropped": 0,
             "rejected": 0,

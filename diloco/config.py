@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import os
 import re
 import typing
@@ -373,6 +374,8 @@ def _validate_outer(cfg: Config) -> None:
             f"elastic.start_regions={elastic.start_regions} and elastic.min_regions={elastic.min_regions}: "
             "set 1 <= min_regions <= start_regions"
         )
+    if not 0 <= elastic.start_patience < math.inf:
+        raise ConfigError(f"elastic.start_patience={elastic.start_patience} is no time: set it to seconds, 0 or more")
 
 
 def _validate_overlap(outer: OuterConfig) -> None:

@@ -53,13 +53,13 @@ class Order:
 
 
 class RunLedger:
-    """The journal as elastic.coordinator needs it."""
+    """The journal as elastic.coordinator needs it. patience: seconds, elastic.start_patience."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, patience: float = 0.0) -> None:
         self.journal = journal
         self.away = False
         """The store did not answer when it was last asked."""
-        self._rounds_at_start = self.state.rounds
+        self._rounds_at_start, self._patient_until = self.state.rounds, time.monotonic() + patience
 
     @property
     def state(self) -> State:
@@ -86,14 +86,19 @@ class RunLedger:
     def standing(self) -> Standing:
         state = self.state
         bases = tuple(fragment.base for fragment in state.fragments)
-        first = state.rounds == self._rounds_at_start
         members, stopped = tuple(sorted(state.members)), state.stopped is not None
         return Standing(
-            rounds.View(state.seq, state.epoch, bases, members, stopped, first, state.rules, state.paused),
+            rounds.View(state.seq, state.epoch, bases, members, stopped, self._first(), state.rules, state.paused),
             {m.id: m.endpoints[0] for m in state.members.values()},
             {m.id: m.data for m in state.members.values()},
             state.weights,
         )
+
+    def _first(self) -> bool:
+        """The next round is to have elastic.start_regions: the first of all, and for a while the first since this start, when
+        all may be starting again. One that is lost for good must not be waited for."""
+        patient = self.state.rounds == self._rounds_at_start and time.monotonic() < self._patient_until
+        return self.state.rounds == 0 or patient
 
     def closing(self) -> dict[str, Any] | None:
         reason = self.state.finished

@@ -135,8 +135,8 @@ def _top_up(state: State, member: str) -> State:
 
 
 def _begin(state: State) -> State:
-    """Leases for everyone, in the order of their ids, once enough members are there for the run to go on."""
-    if state.ledger.handed > 0 or len(state.members) >= state.settings.start_regions:
+    """Leases for everyone, in the order of their ids, once enough members are there for the run to begin."""
+    if state.ledger.handed > 0 or state.epoch > 0 or len(state.members) >= state.settings.start_regions:
         for member in sorted(state.members):
             state = _top_up(state, member)
     return state

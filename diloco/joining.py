@@ -370,7 +370,7 @@ def _take_control(trainer: Trainer, journal: Journal, inside: list[str], outside
     ranks = Ranks(links.node, links.exchanger, inside)
     machine = Rounds(links.member, cfg.elastic.start_regions, cfg.elastic.min_regions, cfg.ckpt.durable)
     timing = Timing(cfg.elastic.peer_timeout, cfg.elastic.stall_timeout)
-    ledger = RunLedger(journal)
+    ledger = RunLedger(journal, cfg.elastic.start_patience)
     links.coordinator = Coordinator(links.node, ranks, ledger, machine, timing, digest)
     links.journal = journal
     limits = Limits(cfg.inner.batch, cfg.outer.max_overlap_steps, max_local_steps(cfg))

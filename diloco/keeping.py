@@ -98,3 +98,4 @@ def keep(trainer: Trainer, order: Order) -> None:
         mine = leaving or member == min(state.members, default="")
         save(trainer, alone(trainer) if mine else Among(()))
         finish(trainer)
+    trainer.links.saver.dismiss()

@@ -93,13 +93,14 @@ def _say(line: str) -> None:
     os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
-def depart(trainer: Trainer, order: Order) -> None:
-    """Says goodbye to the peers, and to the journal unless the run has stopped."""
+def depart(trainer: Trainer) -> None:
+    """Says goodbye to the peers, and to the journal unless the run has stopped: nobody waits for what this region has still to
+    upload. A second time changes nothing."""
     links = getattr(trainer, "links", None)  # not there before it is connected
-    if links is None or links.coordinator is None or links.journal is None:
-        if not order.clean and trainer.region.rank == 0:
-            print(f"{trainer.cfg.region.name}: {order.end}", flush=True)  # it did not get as far as joining
+    if links is None or links.membership is None:
         return
+    assert links.coordinator is not None and links.journal is not None  # they come before it
+    links.membership.close()
     links.coordinator.close()
     try:
         journal = Journal(links.store)  # of its own: the coordinator's thread may still be waiting for the store
@@ -107,7 +108,17 @@ def depart(trainer: Trainer, order: Order) -> None:
         _say_leave(journal, links.member)
     except (OSError, JournalError) as error:  # the others know from the goodbye; the entry only returns leases sooner
         print(f"{links.member}: its `leave` is not in the journal: {error}", flush=True)
-    print(f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True)
+
+
+def farewell(trainer: Trainer, order: Order) -> None:
+    """Rank 0's last line: why the region ends, and after how much."""
+    links = getattr(trainer, "links", None)
+    if links is not None and links.coordinator is not None:
+        print(
+            f"{links.member}: {order.end} · {trainer.state.rounds} rounds · {trainer.state.tokens:,} tokens", flush=True
+        )
+    elif not order.clean and trainer.region.rank == 0:
+        print(f"{trainer.cfg.region.name}: {order.end}", flush=True)  # it did not get as far as joining
 
 
 def _say_leave(journal: Journal, member: str) -> None:

@@ -1,4 +1,5 @@
-"""The newest state that can be had, into a Trainer: from a member that is alive, else from the store; any mesh."""
+"""The newest state that can be had, into a Trainer: from what its predecessor has left in this machine's memory, else from a
+member that is alive, else from the store, which both go for any mesh."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 from ckpt.checkpoint import DamagedError
 from diloco.bits import AGAIN, find_bits
-from diloco.checkpoints import go_back, none_whole, without_bits
+from diloco.checkpoints import Checkpoints, go_back, none_whole, without_bits
 from diloco.errors import ConfigError
 from diloco.fetching import Fetch
 from diloco.fold import State, fold
@@ -18,16 +19,19 @@ from diloco.lending import Loan, ask_for_moments, take_moments
 from diloco.lineage import rounds_after
 from diloco.losing import Search
 from diloco.parallel import on_rank_0
+from diloco.saving import HERE, Saver
 from diloco.trainer import Trainer
 from elastic.node import Node
 from elastic.recovery import Donor
 
+REPLAYED = 8
+"""Rounds whose bits are about as many bytes as a member's planes: what is older than that is fetched from one."""
 FETCHES = 5
 """So often members are asked in vain while the journal rests; then the store is. Two that disagree may do so for ever."""
 
 
 def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> None:
-    """Theta and momentum from the members that are alive, else from the store. Collective."""
+    """Theta and momentum from this machine, from the members that are alive, or from the store. Collective."""
     failed, known = 0, len(entries)
     while not _restore(trainer, journal, entries, ask=failed < FETCHES):
         failed = failed + 1 if len(entries) == known and failed < FETCHES else 0
@@ -49,18 +53,20 @@ def _restore(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool
         return False
     if (manifest := choice["manifest"]) is not None:
         try:
-            links.checkpoints.load(manifest, trainer.planes)
+            _source(trainer, manifest).load(manifest, trainer.planes)
         except DamagedError:
             return False  # the one before is next
         if not _replay(trainer, rounds_after(entries, manifest["seq"])):
+            links.saver.forget()  # what it needs is not to be had: somebody has all of it
             return False
     trainer.adopt()
     own = _restore_own(trainer, choice["own"], entries)
     lent = loan is not None and take_moments(trainer, loan)
+    links.saver.forget()
     if region.rank == 0:
-        source = f"checkpoint {manifest['prefix']}" if manifest else "a member that is alive"
+        source = _named(manifest) if manifest else "a member that is alive"
         inner = f"inner state of {loan.donor.member}" if loan and lent else "fresh inner state"
-        inner = f"inner state of entry {own['seq']}" if own else inner
+        inner = f"inner state of entry {own['seq']}{' from ' + HERE if own['prefix'] == HERE else ''}" if own else inner
         print(f"{links.member}: state after {trainer.state.rounds} rounds from {source}, {inner}", flush=True)
     return True
 
@@ -87,7 +93,7 @@ def _restore_own(trainer: Trainer, own: dict[str, Any] | None, entries: list[byt
     while own is not None:
         exact = own["seq"] >= max(fragment.base for fragment in trainer.state.fragments)
         try:
-            trainer.links.checkpoints.load_own(own, trainer.inner, trainer.planes, moments_only=not exact)
+            _source(trainer, own).load_own(own, trainer.inner, trainer.planes, moments_only=not exact)
         except DamagedError:
             trainer.adopt()
             own = on_rank_0(trainer.region, lambda: _own(trainer, entries))
@@ -98,9 +104,27 @@ def _restore_own(trainer: Trainer, own: dict[str, Any] | None, entries: list[byt
     return None
 
 
+def _source(trainer: Trainer, manifest: dict[str, Any]) -> Saver | Checkpoints:
+    return trainer.links.saver if manifest["prefix"] == HERE else trainer.links.checkpoints
+
+
+def _named(manifest: dict[str, Any]) -> str:
+    return HERE if manifest["prefix"] == HERE else f"checkpoint {manifest['prefix']}"
+
+
 def _own(trainer: Trainer, entries: list[bytes]) -> dict[str, Any] | None:
-    checkpoints = trainer.links.checkpoints
-    return next(checkpoints.on_the_way(checkpoints.own(trainer.cfg.region.name), entries), None)
+    """The region's newest, this machine's if there are two."""
+    checkpoints, found = trainer.links.checkpoints, trainer.links.saver.found
+    here = next(checkpoints.on_the_way([found] if found else [], entries), None)
+    stored = next(checkpoints.on_the_way(checkpoints.own(trainer.cfg.region.name), entries), None)
+    return here if here and (stored is None or here["seq"] >= stored["seq"]) else stored
+
+
+def _here(trainer: Trainer, own: dict[str, Any] | None, entries: list[bytes], donors: bool) -> dict[str, Any] | None:
+    """This machine's θ and momentum, unless it has none or fetching newer ones costs less."""
+    if own is None or own["prefix"] != HERE or not own["common"]:
+        return None
+    return own if not donors or len(rounds_after(entries, own["seq"])) <= REPLAYED else None
 
 
 def _choose(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool) -> dict[str, Any]:
@@ -111,11 +135,17 @@ def _choose(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool)
         return choice
     state, checkpoints = trainer.state, trainer.links.checkpoints
     choice["own"] = _own(trainer, entries)
-    choice["donors"] = _alive(trainer.links.node, state) if ask else []
-    if not choice["donors"]:
-        choice["manifest"] = manifest = next(checkpoints.on_the_way(checkpoints.candidates(), entries), None)
-        if manifest is None:
+    donors = _alive(trainer.links.node, state) if ask else []
+    if (here := _here(trainer, choice["own"], entries, bool(donors))) is not None:
+        choice["manifest"] = here
+    elif donors:
+        choice["donors"] = donors
+    else:
+        choice["manifest"] = next(checkpoints.on_the_way(checkpoints.candidates(), entries), None)
+        if choice["manifest"] is None:
             raise ConfigError(none_whole(checkpoints.store.url))
+    if not donors:
+        manifest = choice["manifest"]
         for _, entry in rounds_after(entries, manifest["seq"]):
             if new := _wait_for_bits(trainer, journal, entry):
                 choice["entries"] = new

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,13 +18,17 @@ from ckpt.arena import Arena
 from ckpt.parts import ITEM, Attempt, Held, skipped_key
 from ckpt.retention import Rules
 from ckpt.store import StoreError
+from ckpt.survivor import Survivor, find
 from ckpt.uploads import Uploads
 from diloco.checkpointing import CkptConfig
-from diloco.checkpoints import RESIDUAL, Checkpoints, selections
+from diloco.checkpoints import MOMENTS, RESIDUAL, Checkpoints, selections
 from diloco.errors import ConfigError
 from diloco.fold import State, counters
 from diloco.inner import Inner
 from diloco.planes import Planes
+
+HERE = "this machine's memory"
+"""In place of a checkpoint's prefix: what was found."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,32 @@ class Saver:
         names = [*selections(inner), *([RESIDUAL] if planes.residual else [])]
         self.common, size = self._layout(planes.names, 0)
         self.own, size = self._layout(names, size)
-        try:
-            arena = Arena.create(size)
-        except OSError as error:
-            raise ConfigError(
-                f"{name}: there are no {size / 1e9:.2f} GB of shared memory for this rank's checkpoints ({error}): use more "
-                "ranks or more memory"
-            ) from error
+        survivor = find(self._place, [*self.common, *self.own]) if self.cfg.linger else None
+        self.found = self._agreed(survivor)
+        """What a rank of this one's place had saved when it died, if that is still on this machine, on all ranks."""
+        self._left = _memory(survivor.arena) if survivor else torch.empty(0)
+        arena = survivor.arena if survivor and not survivor.what["busy"] else _arena(size, name)
         if checkpoints.region.device.type == "cuda":
             arena.pin()
-        self._memory = torch.frombuffer(arena.bytes, dtype=torch.float32) if size else torch.empty(0)
+        self._memory = _memory(arena)
         self.uploads = Uploads(arena, checkpoints.store.url)
+
+    @property
+    def _place(self) -> str:
+        """Of this rank, the same for its successor."""
+        region = self.checkpoints.region
+        what = f"{self.checkpoints.own_root}/{self.name} {region.rank} {region.world}"
+        return f"ckpt-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
+
+    def _agreed(self, survivor: Survivor | None) -> dict[str, Any] | None:
+        keys = ("seq", "hash", "common", "bases", "progress")
+        mine = {key: survivor.what[key] for key in keys} if survivor else None
+        said = self.checkpoints.region.gather_bytes(json.dumps(mine).encode())
+        return {**mine, "prefix": HERE} if mine and len(set(said)) == 1 else None
+
+    def forget(self) -> None:
+        """Nobody needs what was found any more."""
+        self.found, self._left = None, torch.empty(0)
 
     def _layout(self, names: Iterable[str], at: int) -> tuple[list[Held], int]:
         """This rank's slices of these planes, one after the other from byte `at`; and where they end."""
@@ -116,25 +137,44 @@ class Saver:
             "attempts": [attempt.message() for attempt in attempts],
             "rules": self._rules(),
             "bits": self._bits(stored),
+            **self._keep(state, progress, place >= 0),
         }
         self.uploads.submit(job)
         self.blocked = now - began
 
     def _copy_common(self) -> None:
         for held in self.common:
-            self._part(held).copy_(getattr(self.planes, held.plane)[held.fragment])
+            _part(self._memory, held).copy_(getattr(self.planes, held.plane)[held.fragment])
 
     def _copy_own(self) -> None:
         select = selections(self.inner)
         for held in self.own:
             if held.plane == RESIDUAL:
                 assert self.planes.residual is not None
-                self._part(held).copy_(self.planes.residual[held.fragment])
+                _part(self._memory, held).copy_(self.planes.residual[held.fragment])
             else:
-                self.checkpoints.shards.read(held.fragment, select[held.plane], out=self._part(held))
+                self.checkpoints.shards.read(held.fragment, select[held.plane], out=_part(self._memory, held))
 
-    def _part(self, held: Held) -> Tensor:
-        return self._memory[held.at // ITEM :][: held.stop - held.start]
+    def load(self, found: dict[str, Any], planes: Planes) -> None:
+        """θ and momentum of what was found; as Checkpoints.load."""
+        for held in self.common:
+            getattr(planes, held.plane)[held.fragment].copy_(_part(self._left, held))
+        for f, base in enumerate(found["bases"]):
+            planes.forget(f)
+            planes.arrived(f, base, ())
+
+    def load_own(self, found: dict[str, Any], inner: Inner, planes: Planes, moments_only: bool) -> None:
+        """The rest of it; as Checkpoints.load_own."""
+        inner.materialise()
+        select = selections(inner)
+        for held in self.own:
+            if held.plane in MOMENTS or not moments_only:
+                if held.plane == RESIDUAL:
+                    assert planes.residual is not None
+                    planes.residual[held.fragment].copy_(_part(self._left, held))
+                else:
+                    self.checkpoints.shards.write(held.fragment, _part(self._left, held), select[held.plane])
+        inner.set_updates(found["progress"]["adam"])
 
     def _attempt_common(self, state: State, among: Among, place: int) -> Attempt:
         entry = {"seq": state.seq, "hash": state.hash, "epoch": state.epoch, "counters": counters(state)}
@@ -174,6 +214,15 @@ class Saver:
         where = {"after": self.checkpoints.root, "folder": self.checkpoints.bits_root}
         return {**where, "keep": self.cfg.keep, "stored": {str(seq): attempt for seq, attempt in stored.items()}}
 
+    def _keep(self, state: State, progress: dict[str, Any], common: bool) -> dict[str, Any]:
+        """For who comes in this rank's place if it dies."""
+        if not self.cfg.linger:
+            return {}
+        what = {"seq": state.seq, "hash": state.hash, "progress": progress, "common": common}
+        what["bases"] = [fragment.base for fragment in state.fragments]
+        what["held"] = [vars(held) for held in (*self.common, *self.own)]
+        return {"keep": {"name": self._place, "linger": self.cfg.linger, "what": what}}
+
     def answers(self) -> list[dict[str, Any]]:
         """What this rank's uploader has said since the last call."""
         return self.uploads.answers()
@@ -181,5 +230,28 @@ class Saver:
     def is_common(self, answer: dict[str, Any]) -> bool:
         return str(answer.get("prefix", "")).startswith(f"{self.checkpoints.root}/")
 
+    def dismiss(self) -> None:
+        """The region leaves: what its arenas hold is in the store, and nobody comes in their ranks' place."""
+        self.uploads.dismiss()
+
     def close(self) -> None:
         self.uploads.close()
+
+
+def _arena(size: int, name: str) -> Arena:
+    """Raises ConfigError: there is no such memory."""
+    try:
+        return Arena.create(size)
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: there are no {size / 1e9:.2f} GB of shared memory for this rank's checkpoints ({error}): use more "
+            "ranks or more memory"
+        ) from error
+
+
+def _memory(arena: Arena) -> Tensor:
+    return torch.frombuffer(arena.bytes, dtype=torch.float32) if arena.size else torch.empty(0)
+
+
+def _part(memory: Tensor, held: Held) -> Tensor:
+    return memory[held.at // ITEM :][: held.stop - held.start]

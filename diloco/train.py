@@ -34,7 +34,7 @@ def run(cfg: Config) -> int:
     from diloco.fold import JournalError
     from diloco.joining import join
     from diloco.keeping import keep
-    from diloco.leaving import Signals, depart
+    from diloco.leaving import Signals, depart, farewell
     from diloco.parallel import open_region
     from diloco.trainer import Trainer
     from elastic.process import fork
@@ -51,12 +51,14 @@ def run(cfg: Config) -> int:
             join(trainer, stack, exchanges)
             signals.joined()
             order = trainer.train()
+            depart(trainer)
             keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
-            if region.rank != 0:  # of rank 0's, `depart` speaks
+            if region.rank != 0:  # of rank 0's, `farewell` speaks
                 print(f"{cfg.region.name}, rank {region.rank}: {error}", flush=True)
-        depart(trainer, order)
+            depart(trainer)
+        farewell(trainer, order)
         return 0 if order.clean else 1
     return 0
 

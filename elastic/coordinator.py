@@ -19,12 +19,12 @@ from typing import Any
 
 from elastic import rounds
 from elastic.journaling import JournalThread, Ledger, Standing
-from elastic.node import Node, Refused
+from elastic.node import NOT_READY, Node, Refused
 from elastic.order import Order, Outcome, Party
 from elastic.plan import WHOLE, ownership
 from elastic.ranks import Ranks
 from elastic.timing import Timing
-from elastic.wire import Connection, Message, WireError
+from elastic.wire import NONSENSE, Connection, Message, WireError
 
 TICK = 0.25
 REMEMBERED = 50
@@ -120,6 +120,7 @@ class Coordinator(threading.Thread):
         self._inbox.put(lambda: None)  # it need not wait for something to do
         self.journal.close()
         self.join(timeout=5)
+        self.node.handlers.pop("control", None)  # the process may have uploads to wait for
         self.part()
         self.journal.join(timeout=5)
 
@@ -285,7 +286,7 @@ class Coordinator(threading.Thread):
         try:
             connection, hello = self.node.dial(endpoint, "control")
         except Refused as error:
-            if self._refused.get(member) != str(error):
+            if str(error) != NOT_READY and self._refused.get(member) != str(error):
                 print(f"peer {member} at {endpoint}: {error}", flush=True)
             self._refused[member] = str(error)
             return
@@ -342,7 +343,7 @@ class Coordinator(threading.Thread):
                 self._feed(rounds.PeerSeen(member, frozenset(map(str, message["members"]))))
             else:
                 self._feed(rounds.Received(member, message))
-        except (KeyError, TypeError, ValueError) as error:
+        except NONSENSE as error:
             print(f"peer {member}: malformed message dropped, and the connection with it: {error!r}", flush=True)
             connection.close()
 

@@ -21,7 +21,7 @@ class View:
     members: tuple[str, ...]
     stopped: bool = False
     first: bool = True
-    """No round has been committed yet."""
+    """The next round waits for start_regions."""
     rules: int = 0
     """The newest entry that changed what the weights of a round depend on: older proposals are void."""
     paused: bool = False

@@ -38,7 +38,9 @@ class ElasticConfig:
     lighthouse: str = "http://127.0.0.1:29510"
     """The first region starts one there if nothing answers and the host is this machine."""
     start_regions: int = 1
-    """How many regions to wait for before the first round."""
+    """How many regions to wait for before the first round; where a run goes on, for `start_patience`."""
+    start_patience: float = 60.0
+    """Seconds for which a region that goes on with a run waits for `start_regions` before its first round."""
     min_regions: int = 1
     """Below this many connected regions no round begins."""
     host: str = ""

@@ -40,6 +40,8 @@ class Identity:
 
 
 Handler = Callable[[Connection, Message], None]
+NOT_READY = "not ready"
+"""The refusal of a rank that does not take part yet, or not any more."""
 
 
 class Node:
@@ -184,7 +186,7 @@ class Node:
     def _greet(self, connection: Connection, hello: Message) -> Handler | None:
         handler = self.handlers.get(str(hello.get("purpose")))
         if self.identity is None or handler is None:
-            connection.send(refusal("not ready"))
+            connection.send(refusal(NOT_READY))
         elif reason := self.identity.mismatch(hello):
             self._door.refuse(reason)
             connection.send(refusal(reason))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,16 @@ def _integer(value: Any) -> int:
     return value
 
 
+def _count(value: Any) -> None:
+    """Of 63 bits: it is multiplied, added and made a float."""
+    if not 0 <= _integer(value) < 1 << 63:
+        raise ValueError("a count is negative or of more than 63 bits")
+
+
 def _norm(value: Any) -> None:
     """None: not finite, and its sender knows."""
-    if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
-        raise ValueError(f"{value!r} is not a norm")
+    if value is not None and (type(value) not in (int, float) or not 0 <= value <= sys.float_info.max):
+        raise ValueError("a norm is not a finite number, 0 or more")
 
 
 def check(message: Message) -> None:
@@ -53,13 +59,12 @@ def check(message: Message) -> None:
     _integer(message.get("head", -1))
     if kind in ("propose", "answer", "start", "held"):
         members = parse_proposal(message).members
-        if list(members) != sorted(set(members)):
-            raise ValueError("a proposal's members are not a sorted set")
+        if not members or list(members) != sorted(set(members)):
+            raise ValueError("a proposal's members are not a sorted set of some")
     for answer in message["answers"] if kind == "start" else [message["answer"]] if kind == "answer" else ():
-        for number in (answer["tokens"], answer.get("steps", 0), answer.get("up", 0), answer.get("down", 0)):
-            _integer(number)
-        for lease, upto in answer["leases"]:
-            _integer(lease), _integer(upto)
+        pairs = [number for lease, upto in answer["leases"] for number in (lease, upto)]
+        for number in (answer["tokens"], *(answer.get(key, 0) for key in ("steps", "up", "down")), *pairs):
+            _count(number)
         _norm(answer.get("norm", 0.0))
         if not all(isinstance(answer[key], str) for key in ("member", "theta", "momentum")):
             raise TypeError("an answer's member and digests are not strings")

@@ -47,7 +47,7 @@ class Peer:
         self.actions: deque[Any] = deque()
         self.links: dict[str, int] = {}
         self.alarms: set[Alarm] = set()
-        self.seen = self.first = 0
+        self.seen = 0
         self.main_seen = 0
         self.asks: list[rounds.Ask] = []
         self.ready = [False] * fragments
@@ -145,7 +145,6 @@ class World:
         fields["samples_per_step"] = 1
         assert self.create(fields, len(self.raw) - 1)
         peer.seen = peer.main_seen = len(self.raw) - 1
-        peer.first = self.head.rounds
         for other in self.alive():
             self.connect(peer, other)
         self.peers[peer.id] = peer
@@ -319,8 +318,8 @@ class World:
     def view(self, peer: Peer) -> View:
         state = self.states[peer.seen]
         bases = tuple(fragment.base for fragment in state.fragments)
-        members, first = tuple(sorted(state.members)), state.rounds == peer.first
-        return View(state.seq, state.epoch, bases, members, False, first, state.rules)
+        members = tuple(sorted(state.members))
+        return View(state.seq, state.epoch, bases, members, False, state.rounds == 0, state.rules)
 
     # Exchanges
 

@@ -18,6 +18,7 @@ from diloco import checkpoints
 from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import ModelConfig
+from diloco.fold import counters
 from diloco.fragments import group_parameters
 from diloco.inner import Inner, InnerConfig
 from diloco.model import build_llama
@@ -25,7 +26,7 @@ from diloco.parallel import Region, layer_of
 from diloco.planes import Planes
 from diloco.saving import Among, Saver
 from diloco.shards import Shards
-from tests.test_journal import Log, opening
+from tests.test_journal import Log, answer, joining, opening
 
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
@@ -134,6 +135,18 @@ def first_saved(store: Store) -> tuple[OneRank, OneRank, dict[str, Any]]:
         saved.planes.load(f, 0, torch.randn(fragment.elements), torch.randn(fragment.elements))
     saved.points.save_first(saved.planes)
     return saved, loaded, next(loaded.points.candidates())
+
+
+def test_a_run_can_go_back_to_its_start(tmp_path: Path) -> None:
+    """With fewer regions than it began with."""
+    first = first_saved(Store(str(tmp_path)))[2]
+    log = Log(opening(fragments=2, start_regions=2), joining("eu_1"), joining("us_1"))
+    assert counters(log.state).keys() == first["counters"].keys()
+    log.add(log.round(answer("eu_1", (0, 4)), answer("us_1", (1, 24))))
+    log.add({"kind": "leave", "member": "us_1"})
+    state = log.add(log.rewind(first["counters"], first["prefix"]))
+    assert (state.rounds, state.ledger.applied, state.fragments[0].base) == (0, 0, 0)
+    log.add(log.round(answer("eu_1", (state.members["eu_1"].leases[0].id, 4))))
 
 
 def test_an_outage_is_waited_for_and_is_no_damage(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from diloco.control import Control, Limits, Order, Status
+from diloco.control import Control, Limits, Order, RunLedger, Status
 from diloco.fold import State
 from elastic import rounds
 from elastic.coordinator import Commands
@@ -206,3 +207,19 @@ def test_who_is_expelled_ends_with_a_sentence_and_not_as_wanted() -> None:
     log.add({"kind": "set", "expel": "eu"})
     order = control.next(log.state, Status(0, 0, {}, 40, (9,)))
     assert "eu is expelled from this run" in order.end and "admit RUN eu" in order.end and not order.clean
+
+
+def test_only_a_new_run_waits_for_its_regions_for_ever() -> None:
+    """A region that goes on with a run gives those that start with it some time."""
+    log = run(start_regions=1)
+    journal = SimpleNamespace(state=log.state)
+
+    def first(patience: float) -> bool:
+        return RunLedger(journal, patience).standing().view.first  # type: ignore[arg-type]
+
+    assert first(0.0) and first(60.0)
+    journal.state = log.add(log.round(answer("eu_1", (0, 8))))
+    assert first(60.0) and not first(0.0)
+    patient = RunLedger(journal, 60.0)  # type: ignore[arg-type]
+    journal.state = log.add(log.round(answer("eu_1", (0, 16))))
+    assert not patient.standing().view.first, "a round has come"

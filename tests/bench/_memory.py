@@ -178,7 +178,7 @@ def main(directory: str, *arguments: str) -> int:
         join(trainer, stack, exchanges)
         stack.callback(trainer.report.close)
         order = trainer.train()
-        depart(trainer, order)
+        depart(trainer)
         found = {"growth": max(trainer.peaks.values()), "peaks": trainer.peaks, "terms": terms(trainer)}
         (Path(directory) / f"rank-{region.rank}.json").write_text(json.dumps(found))
         return 0 if order.clean else 1

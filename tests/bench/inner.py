@@ -125,7 +125,8 @@ def speed(directory: Path) -> list[Row]:
         trainer = Interleaved(cfg, open_region(cfg.parallel))
         join(trainer, stack, exchanges)
         stack.callback(trainer.report.close)
-        depart(trainer, trainer.train())
+        trainer.train()
+        depart(trainer)
     loop, bare, others = (trainer.blocks[name][2:] for name in ("loop", "bare", "others"))
     tokens = BLOCK * trainer.tokens_per_step
     pairs = median(b / a for a, b in zip(loop, bare, strict=True))

@@ -82,15 +82,27 @@ class RegionProcess:
 
 def send(number: int, *regions: RegionProcess) -> None:
     """To every process of the regions. torchrun's workers are in sessions of their own and are found by their parent."""
-    for pid in [pid for region in regions for pid in (region.process.pid, *children(region.process.pid))]:
+    signal_all(number, pids(*regions))
+
+
+def pids(*regions: RegionProcess) -> list[int]:
+    return [pid for region in regions for pid in (region.process.pid, *children(region.process.pid))]
+
+
+def signal_all(number: int, found: list[int]) -> None:
+    for pid in found:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def kill(*regions: RegionProcess) -> None:
-    """kill -9 of whole regions at one instant: all are stopped before the first one is killed, so that nobody notices."""
+def kill(*regions: RegionProcess, spare: str = "") -> None:
+    """kill -9 of whole regions at one instant: all are stopped before the first one is killed, so that nobody notices. spare:
+    those stay that have this in their command line."""
     send(signal.SIGSTOP, *regions)
-    send(signal.SIGKILL, *regions)
+    found = pids(*regions)
+    spared = [pid for pid in found if spare and spare in command(pid)]
+    signal_all(signal.SIGKILL, [pid for pid in found if pid not in spared])
+    signal_all(signal.SIGCONT, spared)
     for region in regions:
         region.process.wait()
 
@@ -108,6 +120,13 @@ def children(pid: int) -> list[int]:
         found += below
         todo += below
     return found
+
+
+def command(pid: int) -> str:
+    """Empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def parent(pid: int) -> int:
@@ -141,6 +160,7 @@ class Cluster:
         arguments = [
             f"run.dir={self.run}",
             f"elastic.lighthouse=http://127.0.0.1:{self.port}",
+            "ckpt.linger=0",  # a machine that is gone, memory and all, unless a test says otherwise
             *base,
             *overrides,
         ]
@@ -163,8 +183,8 @@ class Cluster:
             assert all(r.process.poll() in (None, 0, -9) for r in self.regions), self.logs()
             time.sleep(0.05)
 
-    def kill_when(self, what: Callable[[], object], *regions: RegionProcess) -> None:
-        """kill -9 of the regions at a moment at which `what()` holds: they are stopped to look."""
+    def kill_when(self, what: Callable[[], object], *regions: RegionProcess, spare: str = "") -> None:
+        """kill -9 of the regions at a moment at which `what()` holds: they are stopped to look. spare: as `kill` has it."""
 
         def holds() -> bool:
             if what():
@@ -175,7 +195,7 @@ class Cluster:
             return False
 
         self.until(holds)
-        kill(*regions)
+        kill(*regions, spare=spare)
 
     def inner_states_saved(self, *regions: str) -> bool:
         """Every region has stored its own planes for the newest committed round."""

@@ -209,6 +209,23 @@ def test_a_stop_while_the_store_is_slow(stored: Stored) -> None:
     stored.resumes()  # the last round may be one that they left without
 
 
+def test_nobody_waits_for_the_uploads_of_a_region_that_leaves(stored: Stored) -> None:
+    """Its store hangs when it is asked to leave: the other goes on alone at once, while it waits for its store."""
+    eu, us = stored.start_two()
+    stored.cluster.until(lambda: stored.rounds() >= 2)
+    with stored.proxy.fault(Rule("hang", "PUT", r"regions/.*/eu/")) as rule:
+        stored.cluster.until(lambda: rule.hits >= 1)
+        send(signal.SIGTERM, eu)
+        stored.cluster.until(lambda: "it said goodbye" in us.text())
+        stored.more_rounds(3)
+        assert eu.process.poll() is None, eu.text()
+        assert stored.entries()[-1]["kind"] == "round" and "leave" in [entry["kind"] for entry in stored.entries()]
+        assert us.text().count("gone") == 1 and "not ready" not in us.text(), us.text()
+    assert eu.wait(120) == 0, eu.text()
+    send(signal.SIGTERM, us)
+    assert us.wait(120) == 0, us.text()
+
+
 STAGES = {
     "arena": Rule("hang", "PUT", r"checkpoints/.*\.safetensors"),
     "a part": Rule("hang", "PUT", r"checkpoints/.*/parts/", spare=1),

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 from ckpt.checkpoint import load_manifest
 from ckpt.reading import verify
 from ckpt.store import Store
-from tests.e2e.cluster import Cluster, RegionProcess, children, kill, parent
+from tests.e2e.cluster import Cluster, RegionProcess, children, command, kill, parent
 
 BASE = ["outer.sync_every=8", "run.rounds=1000000"]
 
 
 def uploaders(region: RegionProcess) -> list[int]:
-    return [pid for pid in children(region.process.pid) if "ckpt.uploader" in _command(pid)]
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+    return [pid for pid in children(region.process.pid) if "ckpt.uploader" in command(pid)]
 
 
 def saved(cluster: Cluster, region: str = "eu") -> list[int]:

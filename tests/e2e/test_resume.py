@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,14 @@ from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess, children, pare
 
 BASE = ["outer.sync_every=8", "run.rounds=10", "inner.schedule=wsd"]
 TWO = [*BASE, "elastic.start_regions=2"]
+
+
+def kept(cluster: Cluster, *regions: str) -> list[str]:
+    """Sockets of uploaders that have what a rank of these one-rank regions has saved."""
+    state = cluster.state()
+    assert state is not None
+    names = [hashlib.sha256(f"regions/{state.run}/{name} 0 1".encode()).hexdigest()[:32] for name in regions]
+    return [x for x in Path("/proc/net/unix").read_text().splitlines() if any(f"@ckpt-{name}-" in x for name in names)]
 
 
 def digests(cluster: Cluster, region: str) -> list[str]:
@@ -22,11 +33,12 @@ def start_two(cluster: Cluster, *overrides: str) -> list[RegionProcess]:
     return [cluster.start(name, *TWO, *overrides) for name in ("eu", "us")]
 
 
-@pytest.mark.parametrize("fragments", [1, 2])
-def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, fragments: int) -> None:
-    """10 rounds in one go, and with a kill -9 of everything on the way: bit for bit the same."""
-    override = f"outer.fragments={fragments}"
-    start_two(cluster, override)
+@pytest.mark.parametrize(("fragments", "memory"), [(1, False), (2, False), (2, True)])
+def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, fragments: int, memory: bool) -> None:
+    """10 rounds in one go, and with a kill -9 of everything on the way: bit for bit the same. memory: of everything but the
+    uploaders; these still have all that the ranks had saved, and the store's copy of the regions' own state is gone."""
+    overrides = [f"outer.fragments={fragments}"]
+    start_two(cluster, *overrides)
     cluster.finish()
     whole = digests(cluster, "eu")
     assert len(whole) == 10 and digests(cluster, "us") == whole
@@ -34,30 +46,39 @@ def test_the_same_regions_reach_the_same_digest(cluster: Cluster, tmp_path, frag
     (tmp_path / "second").mkdir()
     second = Cluster(tmp_path / "second")
     try:
+        overrides += ["ckpt.linger=60"] if memory else []
         second.kill_when(
             lambda: second.rounds() >= 5 and second.inner_states_saved("eu", "us"),
-            *start_two(second, override, SLOW_STEPS),
+            *start_two(second, *overrides, SLOW_STEPS),
+            spare="ckpt.uploader" if memory else "",
         )
-        start_two(second, override)
+        places = kept(second, "eu", "us")
+        if memory:
+            shutil.rmtree(second.run / "store" / "regions")
+        after = start_two(second, *overrides)
         second.finish()
         state = second.state()
         assert state is not None and state.rounds == 10
         assert digests(second, "eu")[-1] == digests(second, "us")[-1] == whole[-1]
+        assert len(places) == 2 * memory and not kept(second, "eu", "us"), "handed over, or not there at all"
+        for region in after:
+            assert region.text().count("from this machine's memory") == 2 * memory, region.text()
     finally:
         second.close()
 
 
 def test_another_shape_goes_on(cluster: Cluster) -> None:
     """Killed with 2 x 1 rank, resumed by one region of 4 ranks with tensor parallelism: same θ and momentum at the
-    resume, and a loss curve that goes on."""
+    resume, and a loss curve that goes on. It waits for a second region as the run did at its start, but not for ever."""
     regions = start_two(cluster)
     cluster.kill_when(
         lambda: len(cluster.records("eu", "round")) >= cluster.rounds() >= 5, *regions
     )  # it says its last one
     at_resume = cluster.state()
     assert at_resume is not None
-    cluster.start("asia", *BASE, "parallel.tp=2", nproc=4)
+    asia = cluster.start("asia", *TWO, "elastic.start_patience=3", "parallel.tp=2", nproc=4)
     cluster.finish()
+    assert "waiting for 2 regions" in asia.text()
     entries = [json.loads(p.read_text()) for p in sorted((cluster.run / "store" / "journal").glob("*.json"))]
     rounds = [e for e in entries if e["kind"] == "round"]
     first = next(e for e in rounds if e["answers"][0]["member"].startswith("asia"))
