@@ -29,6 +29,7 @@ BATCH = 1 << 20
 REPORT_SECONDS = 0.5
 NAMED = 1000
 """Damages of a task that are named; all are counted."""
+MEND = "{}: mend it, or skip what is damaged with --on-error skip"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _readable(pieces: Sequence[Piece], options: Options, done: Done, progress: _
         for item in documents(piece, options.format, options.field, progress.seen):
             if isinstance(item, Damage):
                 if options.on_error == "stop":
-                    raise Stopped(f"{item}: mend it, or skip what is damaged with --on-error skip")
+                    raise Stopped(MEND.format(item))
                 done.skipped += 1
                 done.damages += [str(item)] if len(done.damages) < NAMED else []
                 progress.tell()
