@@ -24,7 +24,7 @@ from diloco.corpus.documents import Damage, Document, Piece, documents
 from diloco.corpus.folder import COLUMNS, Index, Split, read_index
 from diloco.corpus.inputs import inputs
 from diloco.corpus.source import prepared
-from diloco.corpus.tokenizing import Bytes, cut, load
+from diloco.corpus.tokenizing import Bytes, load
 from diloco.corpus.worker import held_out
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
@@ -166,22 +166,6 @@ def test_a_tokenizer_is_neither_truncated_nor_ended_by_the_text(tokenizer: Path)
     text = "spam and eggs, spam and ham <|endoftext|> and more of it, for longer than five tokens\n"
     [ids] = ours.encode([text])
     assert ours.end == 0 and 0 not in ids and Tokenizer.from_file(str(tokenizer)).decode(list(ids)) == text
-
-
-def test_a_long_text_has_the_ids_of_the_whole(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(f"{'  ' * (i % 3)}line {i} of some\n{chr(10) * (i % 2)}" for i in range(400))
-    ours = load(str(tokenizer))
-    [whole] = ours.encode([text])
-    monkeypatch.setattr("diloco.corpus.tokenizing.PART", 100)
-    assert len(list(cut(text))) > 20
-    assert (ours.encode([text])[0] == whole).all()
-
-
-@given(TEXTS, st.integers(1, 9))
-def test_cuts_lose_nothing(text: str, part: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diloco.corpus.tokenizing.PART", part)
-        assert "".join(cut(text)) == text
 
 
 def test_gpt2s_two_files_are_its_tokenizer(tokenizer: Path, tmp_path: Path) -> None:
