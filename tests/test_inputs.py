@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -84,6 +85,22 @@ def test_out_is_not_read_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
     with pytest.raises(ConfigError, match="contains OUT"):
         inputs([str(tmp_path / "in")], tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ["in", "in/**/*.txt"])
+def test_a_directory_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Root may read all, so the system's answer is made up."""
+    (tmp_path / "in" / "shut").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("x")
+
+    def scandir(path: str, real: Any = os.scandir) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"SRC .* cannot be read \(.*Permission denied.*shut.*\): check"):
+        inputs([str(tmp_path / source)], tmp_path / "out")
 
 
 # ---- hidden ----

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -98,7 +98,14 @@ def _size(fs: AbstractFileSystem, source: str, entry: dict[str, Any]) -> int | N
 
 
 class _Following(LocalFileSystem):
-    """Lists what links lead to; LocalFileSystem says that a link is neither a file nor a directory."""
+    """Lists what links lead to; LocalFileSystem says that a link is neither a file nor a directory. And says which directory
+    may not be read, where fsspec leaves it out."""
+
+    def ls(self, path: Any, detail: bool = False, **kwargs: Any) -> list[Any]:
+        try:
+            return cast(list[Any], super().ls(path, detail, **kwargs))
+        except PermissionError as error:
+            raise ValueError(str(error)) from error  # of OSErrors `walk` says nothing
 
     def info(self, path: Any, **kwargs: Any) -> dict[str, Any]:
         path = os.fspath(path)  # of an entry of a directory, whose kind would be the link's
