@@ -1,8 +1,9 @@
 """Training data: a random-access token stream, and the seeded order in which its samples are read.
 
 A sample is a *window* of seq_len + 1 tokens; windows step by seq_len, so that every token but the first is
-predicted once an epoch. The order is computed, never stored (diloco/shuffle.py): global sample index i is a window of
-epoch i // train_windows, on every machine alike. Who may read which indices is the ledger's business (diloco/ledger.py).
+predicted once an epoch, and those at the end that fill no window never. The order is computed, never stored
+(diloco/shuffle.py): global sample index i is a window of epoch i // train_windows, on every machine alike. Who may read
+which indices is the ledger's business (diloco/ledger.py).
 """
 
 from __future__ import annotations
@@ -321,7 +322,9 @@ class Dataset:
         return self._window(i * self._every + self._every - 1, self.source.tokens)
 
     def describe(self) -> str:
-        return f"{self.train_windows:,} training sequences, {self.heldout_windows:,} held out"
+        left = (len(self.source.tokens) - 1) % self.seq_len
+        rest = f", {left:,} token{'s' * (left > 1)} at the end in none" if left else ""
+        return f"{self.train_windows:,} training sequences, {self.heldout_windows:,} held out{rest}"
 
     def _window(self, w: int, tokens: Tokens) -> np.ndarray:
         start = w * self.seq_len

@@ -49,6 +49,19 @@ def _shard(path: Path, tokens: np.ndarray, bytes_per_token: int) -> dict[str, ob
     }
 
 
+def texts_of(folder: Path, split: str) -> list[bytes]:
+    """The documents of a folder that was made of bytes, by its shards' own ends."""
+    found: list[bytes] = []
+    for ends in sorted(folder.glob(f"{split}-*.ends")):
+        data, begin = ends.with_suffix(".tokens").read_bytes(), 0
+        for end in np.fromfile(ends, dtype="<u8"):
+            assert data[end - 1] == 0
+            found.append(data[begin : end - 1])
+            begin = int(end)
+        assert begin == len(data)
+    return found
+
+
 def upload(folder: Path, url: str) -> str:
     store = Store(url)
     for path in sorted(folder.iterdir()):

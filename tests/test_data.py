@@ -128,6 +128,16 @@ def test_data_that_does_not_suffice_is_one_sentence(
     assert Dataset(counting(257), 256, 0.0, 0).train_windows == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "left"), [(41, ""), (42, ", 1 token at the end in none"), (50, ", 9 tokens at the end in none")]
+)
+def test_tokens_that_no_sequence_has_are_told(tokens: int, left: str) -> None:
+    data = Dataset(counting(tokens), 10, 0.25, 0)
+    assert data.describe() == "3 training sequences, 1 held out" + left
+    read = {t for i in range(3) for t in data.sample(i).tolist()} | set(data.heldout(0).tolist())
+    assert len(read) == 41
+
+
 def test_text_bytes_joins_sorted_files(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name, text in {"b/x.txt": "dead", "a.txt": "beef", "b.txt": "", "z.md": "!", ".hidden": "no"}.items():

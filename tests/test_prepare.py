@@ -22,12 +22,13 @@ from diloco.corpus import prepare as preparing
 from diloco.corpus.command import serve
 from diloco.corpus.documents import Damage, Document, Piece, documents
 from diloco.corpus.folder import COLUMNS, Index, Split, read_index
+from diloco.corpus.inputs import inputs
 from diloco.corpus.source import prepared
-from diloco.corpus.tokenizing import Bytes, cut, load
+from diloco.corpus.tokenizing import Bytes, load
 from diloco.corpus.worker import held_out
 from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
-from tests.corpora import BIG, big_index, write_folder
+from tests.corpora import BIG, big_index, texts_of, write_folder
 from tests.s3_server import BUCKET
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -49,19 +50,6 @@ def run(*arguments: object) -> int:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def texts_of(folder: Path, split: str) -> list[bytes]:
-    """The documents of a folder that was made of bytes, by its shards' own ends."""
-    found: list[bytes] = []
-    for ends in sorted(folder.glob(f"{split}-*.ends")):
-        data, begin = ends.with_suffix(".tokens").read_bytes(), 0
-        for end in np.fromfile(ends, dtype="<u8"):
-            assert data[end - 1] == 0
-            found.append(data[begin : end - 1])
-            begin = int(end)
-        assert begin == len(data)
-    return found
 
 
 def lines_file(path: Path, texts: list[str]) -> Path:
@@ -178,22 +166,6 @@ def test_a_tokenizer_is_neither_truncated_nor_ended_by_the_text(tokenizer: Path)
     text = "spam and eggs, spam and ham <|endoftext|> and more of it, for longer than five tokens\n"
     [ids] = ours.encode([text])
     assert ours.end == 0 and 0 not in ids and Tokenizer.from_file(str(tokenizer)).decode(list(ids)) == text
-
-
-def test_a_long_text_has_the_ids_of_the_whole(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(f"{'  ' * (i % 3)}line {i} of some\n{chr(10) * (i % 2)}" for i in range(400))
-    ours = load(str(tokenizer))
-    [whole] = ours.encode([text])
-    monkeypatch.setattr("diloco.corpus.tokenizing.PART", 100)
-    assert len(list(cut(text))) > 20
-    assert (ours.encode([text])[0] == whole).all()
-
-
-@given(TEXTS, st.integers(1, 9))
-def test_cuts_lose_nothing(text: str, part: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diloco.corpus.tokenizing.PART", part)
-        assert "".join(cut(text)) == text
 
 
 def test_gpt2s_two_files_are_its_tokenizer(tokenizer: Path, tmp_path: Path) -> None:
@@ -335,7 +307,7 @@ def test_sources_come_from_any_fsspec_url(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/a.txt", b"one")
     memory.pipe("/bucket/deep/b.txt", b"two")
-    found = preparing.inputs(["memory://bucket", "memory://bucket/*.txt"], tmp_path)
+    found, _ = inputs(["memory://bucket", "memory://bucket/*.txt"], tmp_path)
     assert found == [("memory:///bucket/a.txt", 3), ("memory:///bucket/deep/b.txt", 3)]
     assert list(documents(Piece(found[1][0], 0, -1, 3), "auto", "")) == [Document(1, "two")]
 

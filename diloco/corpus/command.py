@@ -12,7 +12,7 @@ from typing import NoReturn
 from diloco.corpus.documents import FORMATS
 from diloco.corpus.folder import SKIPPED, SPLITS, Index, read_index, wrong
 from diloco.corpus.prepare import prepare
-from diloco.corpus.worker import Options
+from diloco.corpus.worker import NAMED, Options
 from diloco.errors import ConfigError
 
 
@@ -82,7 +82,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     index = prepare(arguments.sources, Options(**chosen), arguments.workers)
     print(describe(index))
     if index.skipped:
-        print(f"{index.skipped:,} damaged skipped: {Path(arguments.out) / SKIPPED} names them")
+        path = Path(arguments.out) / SKIPPED
+        few = len(path.read_text().splitlines()) < index.skipped
+        print(
+            f"{index.skipped:,} damaged skipped: {path} names {f'the first {NAMED:,} of each task' if few else 'them'}"
+        )
     if index.holdout and not index.heldout.names:
         print(
             f"no document was held out: with so few, set --holdout above {index.holdout}, or data.holdout when training"

@@ -10,7 +10,8 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
@@ -18,6 +19,8 @@ import fsspec
 from diloco.errors import ConfigError
 
 CHUNK = 1 << 20
+WINDOW = 1 << 31
+"""Bytes: of zstd's frames the longest, as of --long=31. A frame takes what it needs."""
 LINES = ("jsonl", "ndjson", "json")
 """Endings of JSON lines; `.json` is what many corpora call them."""
 COMPRESSED = ("gz", "zst")
@@ -37,8 +40,14 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Document:
     line: int
-    """Where it begins, from 1; of Parquet the row."""
+    """Where it begins, from 1, in its piece; of Parquet the row."""
     text: str
+    path: str = field(default="", compare=False)
+    first: int = field(default=0, compare=False)
+    """The byte of the file where the lines of its piece begin."""
+
+    def damage(self, reason: str) -> Damage:
+        return Damage(self.path, _lines_before(self.path, self.first) + self.line, reason)
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,13 @@ def splits(path: str, wanted: str) -> bool:
 
 def documents(piece: Piece, wanted: str, field: str, seen: Callable[[int], None] = lambda n: None) -> Items:
     """All documents of the piece. field: of JSON lines and Parquet. seen: told how many stored bytes were read. Raises
-    OSError if the file is not there, ConfigError if a package is missing."""
+    OSError if the file is not there or its store fails, ConfigError if a package is missing."""
     with fsspec.open(piece.path, "rb") as opened:
-        file = cast(BinaryIO, opened)
+        stored = _Stored(piece.path, opened)
+        file = cast(BinaryIO, stored)
         match format_of(piece.path, wanted):
             case "parquet":
-                yield from _parquet(piece.path, file, field)
+                yield from _parquet(piece.path, stored, field)
                 seen(piece.bytes)
             case "jsonl":
                 yield from _json_lines(piece, file, field, seen)
@@ -93,6 +103,31 @@ def _compression(path: str) -> str:
 
 
 # ---- bytes ----
+
+
+class _Stored:
+    """A file of a store, whose failures are OSErrors whatever its client raises. They are no damage: the store may be back."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self._path, self._file = path, file
+        self.failure: OSError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        return cast(bytes, self._asked(self._file.read, size))
+
+    def seek(self, *where: int) -> int:
+        return cast(int, self._asked(self._file.seek, *where))
+
+    def _asked(self, what: Callable[..., Any], *arguments: int) -> Any:
+        try:
+            return what(*arguments)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            self.failure = OSError(f"{self._path} cannot be read ({reason}): the same command goes on when it can")
+            raise self.failure from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _CutOff(Exception):
@@ -145,7 +180,7 @@ def _zstd(stored: Iterator[bytes]) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise ConfigError("a .zst file needs the package zstandard: pip install 'diloco[data]'") from None
-    frame = zstandard.ZstdDecompressor().decompressobj()
+    frame = zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
     begun = False
     try:
         for chunk in stored:
@@ -154,7 +189,7 @@ def _zstd(stored: Iterator[bytes]) -> Iterator[bytes]:
                 yield frame.decompress(chunk)
                 chunk = frame.unused_data if frame.eof else b""
                 if frame.eof:
-                    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
+                    frame, begun = zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj(), False
     except zstandard.ZstdError as error:
         raise _CutOff(f"the zstd stream is damaged ({error})") from error
     if begun:
@@ -182,7 +217,7 @@ def _text(path: str, chunks: Iterator[bytes]) -> Items:
     parts: list[bytes] = []
     try:
         parts.extend(chunks)
-        yield Document(1, b"".join(parts).decode())
+        yield Document(1, b"".join(parts).decode(), path)
     except UnicodeDecodeError as error:
         yield Damage(path, error.object[: error.start].count(b"\n") + 1, _undecodable(error))
     except _CutOff as cut:
@@ -213,11 +248,12 @@ def _json_lines(piece: Piece, file: BinaryIO, field: str, seen: Callable[[int], 
             at += len(line) + 1
             if line.strip():
                 text = _field(line, field, first=at == len(line) + 1)
-                yield damage(text.reason) if isinstance(text, _Wrong) else Document(number, text)
+                yield damage(text.reason) if isinstance(text, _Wrong) else Document(number, text, piece.path, first)
     except _CutOff as cut:
         yield damage(f"{cut}; the rest of the file is lost")
 
 
+@lru_cache(maxsize=8)
 def _lines_before(path: str, stop: int) -> int:
     """Line ends in the first `stop` bytes: read for the sentence about damage only."""
     count = 0
@@ -256,7 +292,7 @@ def _checked(text: Any, field: str, fields: Iterable[str]) -> str | _Wrong:
     return text
 
 
-def _parquet(path: str, file: BinaryIO, field: str) -> Items:
+def _parquet(path: str, file: _Stored, field: str) -> Items:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -273,8 +309,10 @@ def _parquet(path: str, file: BinaryIO, field: str) -> Items:
             for value in batch.column(0):
                 row += 1
                 text = _value(value, field)
-                yield Damage(path, row, text.reason) if isinstance(text, _Wrong) else Document(row, text)
+                yield Damage(path, row, text.reason) if isinstance(text, _Wrong) else Document(row, text, path)
     except (pyarrow.ArrowException, OSError) as error:
+        if file.failure is not None:
+            raise file.failure from error
         yield Damage(path, row + 1, f"the Parquet file is damaged ({str(error).strip()}); the rest of it is lost")
 
 

@@ -17,8 +17,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from diloco.corpus.documents import Piece, splits
 from diloco.corpus.folder import (
     FORMAT,
@@ -33,8 +31,9 @@ from diloco.corpus.folder import (
     read_index,
     write_whole,
 )
+from diloco.corpus.inputs import inputs
 from diloco.corpus.tokenizing import Tokenizer, load
-from diloco.corpus.worker import Options, part_path
+from diloco.corpus.worker import MEND, Options, part_path
 from diloco.errors import ConfigError
 
 TASK_BYTES = (1 << 20, 1 << 30)
@@ -45,65 +44,30 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.5, 10.0
 Task = list[Piece]
 
 
-def inputs(sources: Sequence[str], out: Path) -> list[tuple[str, int]]:
-    """(path, bytes) of all files: sources in the order given, those of a directory or a glob sorted by name, each once. Raises
-    ConfigError."""
-    found: dict[str, int] = {}
-    for source in sources:
-        here = _below(source)
-        if not here:
-            raise ConfigError(f"SRC {source} is no file, directory or glob that holds any: check its spelling")
-        mine = out.resolve()
-        around = Path(source).is_dir() and mine.is_relative_to(Path(source).resolve())
-        if around or any(Path(path).is_relative_to(mine) for path in here if "://" not in path):
-            raise ConfigError(f"SRC {source} contains OUT {out}: prepare into a directory outside of it")
-        found.update((path, size) for path, size in here.items() if path not in found)
-    return list(found.items())
-
-
-def _below(source: str) -> dict[str, int]:
-    try:
-        fs, path = url_to_fs(source)
-        if any(c in source for c in "*?["):
-            entries = fs.glob(path, detail=True)
-        elif fs.isdir(path):
-            entries = fs.find(path, detail=True)
-        else:
-            entries = {path: fs.info(path)}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"SRC {source} cannot be read ({error}): check its spelling, and that you may") from error
-    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    root = path.rstrip("/") + "/" if len(entries) > 1 else ""
-    return {
-        name if local else fs.unstrip_protocol(name): int(entries[name]["size"] or 0)
-        for name in sorted(entries)
-        if entries[name]["type"] == "file" and not _hidden(name.removeprefix(root))
-    }
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/")[1:]) or name.startswith(".")
-
-
-def plan(files: Sequence[tuple[str, int]], wanted: str) -> list[Task]:
+def plan(files: Sequence[tuple[str, int | None]], wanted: str) -> list[Task]:
     """Pieces of all files in order, some to a task: a function of names and sizes alone. wanted: the format."""
     least, most = TASK_BYTES
-    size = min(max(sum(bytes for _, bytes in files) // 64, least), most)
+    size = min(max(sum(total or 0 for _, total in files) // 64, least), most)
     tasks: list[Task] = []
     room = 0
     for path, total in files:
-        step = size if splits(path, wanted) else max(total, 1)
-        for start in range(0, total, step):
-            stop = min(start + step, total)
-            whole = step >= total
-            if room < stop - start:
+        for piece in _pieces(path, total, size, wanted):
+            if room < piece.bytes:
                 tasks.append([])
                 room = size
-            tasks[-1].append(Piece(path, start, -1 if whole else stop, stop - start))
-            room -= stop - start
+            tasks[-1].append(piece)
+            room -= piece.bytes
     return tasks
+
+
+def _pieces(path: str, total: int | None, size: int, wanted: str) -> Iterator[Piece]:
+    """total: None if nobody knows; then the file is taken for a task's `size`."""
+    if total is None or not splits(path, wanted) or total <= size:
+        if total != 0:
+            yield Piece(path, 0, -1, size if total is None else total)
+        return
+    for start in range(0, total, size):
+        yield Piece(path, start, min(start + size, total), min(size, total - start))
 
 
 def prepare(sources: Sequence[str], options: Options, workers: int) -> Index:
@@ -112,7 +76,9 @@ def prepare(sources: Sequence[str], options: Options, workers: int) -> Index:
     if "://" in options.out:
         raise ConfigError(f"OUT {out} is a URL: prepare into a directory, and copy that")
     tokenizer = load(options.tokenizer, options.end)
-    files = inputs(sources, out)
+    files, lost = inputs(sources, out)
+    if lost and options.on_error == "stop":
+        raise ConfigError(MEND.format(lost[0]))
     tasks = plan(files, options.format)
     if not tasks:
         raise ConfigError(f"SRC {' '.join(sources)} holds nothing but empty files: name files with text")
@@ -126,7 +92,7 @@ def prepare(sources: Sequence[str], options: Options, workers: int) -> Index:
         if todo:
             print(f"{len(files):,} files · {len(tasks):,} tasks, {len(tasks) - len(todo):,} done before", flush=True)
             _Team(tasks, todo, replace(options, out=str(out)), min(workers, len(todo))).run()
-        return _finish(out, options, tokenizer, len(tasks))
+        return _finish(out, options, tokenizer, len(tasks), lost)
 
 
 @contextmanager
@@ -162,14 +128,15 @@ def _checksums(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: sha256(data).hexdigest() for name, data in tokenizer.files().items()}
 
 
-def _finish(out: Path, options: Options, tokenizer: Tokenizer, tasks: int) -> Index:
+def _finish(out: Path, options: Options, tokenizer: Tokenizer, tasks: int, lost: Sequence[str]) -> Index:
     """The index from the tasks' records, which are not needed any more."""
     done = [json.loads(part_path(out, task).read_bytes()) for task in range(tasks)]
     train, heldout = (Split.of([d["shards"][s] for d in done if s in d["shards"]]) for s in SPLITS)
     skipped, empty = (sum(d[count] for d in done) for count in ("skipped", "empty"))
     told = dtype_of(tokenizer.vocab), tokenizer.vocab, tokenizer.end, _checksums(tokenizer)
-    index = Index(*told, options.holdout, skipped, empty, train, heldout)
-    write_whole(out / SKIPPED, "".join(f"{damage}\n" for d in done for damage in d["damages"]).encode())
+    index = Index(*told, options.holdout, skipped + len(lost), empty, train, heldout)
+    damages = [*lost, *(damage for d in done for damage in d["damages"])]
+    write_whole(out / SKIPPED, "".join(f"{damage}\n" for damage in damages).encode())
     write_whole(out / INDEX, index.encode())
     for task in range(tasks):
         part_path(out, task).unlink()

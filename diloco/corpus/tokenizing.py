@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +20,13 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """What separates documents, if nobody says: the first that the tokenizer has."""
 SIDES = ("tokenizer_config.json", "special_tokens_map.json")
 PART = 1 << 18
-"""Characters that a long document is cut at for tokenizing."""
-_CUT = re.compile(r"(?<=\n)(?=\S)")
+"""Characters that a long document is cut at for tokenizing: a tokenizer takes up to 200 times as much memory."""
+LEAD = 1 << 11
+"""Characters on either side of a cut by which it is judged."""
+TRIES = 16
+"""Places for a cut that are judged in each PART, of at most TRIES parts."""
+_PLACES = re.compile(r"(?<=\S)(?=\s\S)|(?<=\W)(?=\S)")
+"""Before a word and its space, behind a space, and after punctuation: where tokens usually begin."""
 
 
 class Tokenizer(Protocol):
@@ -70,10 +76,46 @@ class Subwords:
         self.end = _end(ids, end)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        parts = [list(cut(text)) for text in texts]
-        flat = self._inner.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False)
-        ids = iter([np.asarray(encoding.ids, dtype=np.uint32) for encoding in flat])
-        return [np.concatenate([next(ids) for _ in ps]) for ps in parts]
+        short = iter(self._whole([text for text in texts if len(text) <= PART]))
+        return [next(short) if len(text) <= PART else self._in_parts(text) for text in texts]
+
+    def _whole(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def _in_parts(self, text: str) -> np.ndarray:
+        """The ids of the whole, without the memory for that. Each part is encoded behind what leads to it, so that nothing is
+        put before it that belongs before a text."""
+        found: list[np.ndarray] = []
+        at = 0
+        while at < len(text):
+            stop = self._cut(text, at)
+            begin = max(at - LEAD, 0)
+            lead, both = self._whole([text[begin:at], text[begin:stop]])
+            known = len(lead) if at else 0
+            if not np.array_equal(both[:known], lead[:known]):  # what comes after the cut reaches further than LEAD
+                return self._whole([text])[0]
+            found.append(both[known:])
+            at = stop
+        return np.concatenate(found)
+
+    def _cut(self, text: str, at: int) -> int:
+        """Where the part that begins at `at` ends: at a cut that changes nothing, or the text's end if none is found."""
+        for begin in range(at + PART, min(at + (TRIES + 1) * PART, len(text)), PART):
+            for place in islice(_PLACES.finditer(text, begin, begin + PART), TRIES):
+                if self._changes_nothing(text, place.start()):
+                    return place.start()
+        return len(text)
+
+    def _changes_nothing(self, text: str, cut: int) -> bool:
+        """Whether the ids before the cut are the same without what follows, and those behind it wherever one begins to read."""
+        begin, rests = max(cut - LEAD, 0), []
+        for start in (begin, begin + 1):
+            left, both = self._whole([text[start:cut], text[start : cut + LEAD]])
+            if not np.array_equal(both[: len(left)], left):
+                return False
+            rests.append(both[len(left) :])
+        return np.array_equal(rests[0], rests[1])
 
     def files(self) -> dict[str, bytes]:
         return {self.name: self._inner.to_str().encode(), **self._sides}
@@ -89,19 +131,6 @@ def _end(ids: dict[str, int], end: str) -> int | None:
             f"--end {end}: the tokenizer has {wanted} to put after each document: name one of its tokens, or none"
         )
     return ids[known[0]]
-
-
-def cut(text: str) -> Iterator[str]:
-    """A text in parts of about PART characters, so that no tokenizer holds a book at once. Cut where a line begins with
-    something to see: there GPT-2's and Llama's pre-tokenizers cut anyway, so the ids are those of the whole. A line
-    that is longer than 16 parts is cut anywhere."""
-    at = 0
-    while len(text) - at > PART:
-        found = _CUT.search(text, at + PART, at + 16 * PART)
-        stop = found.start() if found else min(at + 16 * PART, len(text))
-        yield text[at:stop]
-        at = stop
-    yield text[at:]
 
 
 def load(spec: str, end: str = "auto") -> Tokenizer:

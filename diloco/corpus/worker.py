@@ -29,6 +29,9 @@ BATCH = 1 << 20
 REPORT_SECONDS = 0.5
 NAMED = 1000
 """Damages of a task that are named; all are counted."""
+MEND = "{}: mend it, or skip what is damaged with --on-error skip"
+
+FALSE_END = "the text has the token that ends documents, {}, inside (another --end or none allows it)"
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ def work(task: int, pieces: Sequence[Piece], options: Options, tokenizer: Tokeni
         for batch in _batches(_readable(pieces, options, done, progress)):
             encoded = tokenizer.encode([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
+                if tokenizer.end is not None and tokenizer.end in ids:
+                    _skip(document.damage(FALSE_END.format(tokenizer.end)), options, done)
+                    continue
                 text = document.text.encode()
                 split = SPLITS[held_out(text, options.holdout)]
                 if split not in shards:
@@ -143,15 +149,20 @@ def _readable(pieces: Sequence[Piece], options: Options, done: Done, progress: _
     for piece in pieces:
         for item in documents(piece, options.format, options.field, progress.seen):
             if isinstance(item, Damage):
-                if options.on_error == "stop":
-                    raise Stopped(f"{item}: mend it, or skip what is damaged with --on-error skip")
-                done.skipped += 1
-                done.damages += [str(item)] if len(done.damages) < NAMED else []
+                _skip(item, options, done)
                 progress.tell()
             elif item.text:
                 yield item
             else:
                 done.empty += 1
+
+
+def _skip(damage: Damage, options: Options, done: Done) -> None:
+    if options.on_error == "stop":
+        raise Stopped(MEND.format(damage))
+    done.skipped += 1
+    if len(done.damages) < NAMED:
+        done.damages.append(" ".join(str(damage).splitlines()))
 
 
 def _batches(items: Iterator[Document]) -> Iterator[list[Document]]:
