@@ -158,6 +158,17 @@ class Joined(ABC):
             start, file = end, file + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=self.dtype), *parts])
 
+    def rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Row i of `out` is the tokens from starts[i], int64 [n], on: as many slices, without looking for the file of each."""
+        length = out.shape[1]
+        files = np.searchsorted(self.ends, starts, side="right")
+        sizes = np.diff(self.ends, prepend=0)[files]
+        places = starts - (self.ends[files] - sizes)
+        inside = places + length <= sizes
+        columns = (array.tolist() for array in (files, sizes, places, inside, starts))
+        for row, file, size, place, whole, start in zip(out, *columns, strict=True):
+            row[:] = self.part(file, size, place, place + length) if whole else self[start : start + length]
+
     @abstractmethod
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a file, of `size`. Raises OSError."""
@@ -279,10 +290,13 @@ class Dataset:
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]: `sample` of n global indices."""
-        windows = self._places(indices).tolist()
-        out = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
-        for row, w in zip(out, windows, strict=True):
-            row[:] = self.source.tokens[w * self.seq_len : (w + 1) * self.seq_len + 1]
+        starts, tokens = self._places(indices) * self.seq_len, self.source.tokens
+        out = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
+        if isinstance(tokens, Joined):
+            tokens.rows(starts, out)
+        else:
+            for row, start in zip(out, starts.tolist(), strict=True):
+                row[:] = tokens[start : start + self.seq_len + 1]
         return torch.from_numpy(out)
 
     def _places(self, indices: Iterable[int]) -> np.ndarray:

@@ -28,7 +28,7 @@ from diloco.regional import Regional
 PLANNED = 256
 """Steps that are planned at once."""
 THREADS = 4
-"""That fetch what is streamed, 8 MiB at once."""
+"""That fetch what is streamed, 16 MiB at once."""
 RESTARTS = 3
 PREFETCH = 4
 """Steps that each worker has ready or works at."""

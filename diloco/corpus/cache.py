@@ -25,7 +25,7 @@ from blake3 import blake3
 from ckpt.store import MissingError, StoreError
 from diloco.corpus.folder import CHUNK, store_of
 
-RUN = 8
+RUN = 16
 """Chunks that one request fetches at most: neighbours, which have one lock."""
 LOCKS = 1024
 DAMAGED_TRIES = 3
@@ -158,6 +158,7 @@ class Cache:
             start, stop = first * CHUNK, min(last * CHUNK, shard.size)
             digests = [self._digest(shard, chunk, begin) for chunk in range(first, last)]
             data = self._fetch(f"{shard.name}.tokens", start, stop, partial(_has, digests), begin)
+            os.makedirs(f"{self.root}/{self.folder}/{shard.name}", exist_ok=True)
             for chunk in missing:
                 self._place(shard, chunk, data[(chunk - first) * CHUNK : (chunk - first + 1) * CHUNK])
         self._unseen += len(data)
@@ -168,13 +169,15 @@ class Cache:
         return [chunk for chunk in range(first, last) if not os.path.exists(self._path(shard, chunk))]
 
     def _place(self, shard: Shard, chunk: int, data: memoryview) -> None:
-        path = Path(self._path(shard, chunk))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        hidden.write_bytes(data)
-        self._remember(shard, chunk, _identity(hidden))
+        path = self._path(shard, chunk)
+        folder, _, name = path.rpartition("/")
+        hidden = f"{folder}/.{name}.{os.getpid()}.{threading.get_ident()}"
+        with open(hidden, "wb") as file:
+            file.write(data)
+            file.flush()
+            self._remember(shard, chunk, _identity(file.fileno()))
         self._mapped.pop((shard.name, chunk), None)  # of a file that was removed
-        hidden.rename(path)
+        os.rename(hidden, path)
 
     def _digest(self, shard: Shard, chunk: int, begin: float) -> bytes:
         if shard.name not in self._sums:
@@ -255,7 +258,7 @@ def _files(root: Path) -> Iterator[tuple[float, int, str]]:
                     yield status.st_mtime, status.st_size, file.path
 
 
-def _identity(file: int | Path) -> tuple[int, int]:
+def _identity(file: int) -> tuple[int, int]:
     status = os.stat(file)
     return status.st_ino, status.st_size
 
