@@ -14,7 +14,7 @@ from diloco.data import DataConfig, Dataset, TokenSource
 from diloco.errors import ConfigError
 from diloco.inner import Loss
 from diloco.metrics import HELD_OUT
-from diloco.mixing import Samples, naming, source_of
+from diloco.mixing import Samples, check_like_data, index_of, naming, source_of
 from diloco.parallel import Region
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -33,6 +33,7 @@ def build_eval_sets(cfg: DataConfig, sets: Sequence[Any], samples: Samples, seq_
         one, source = source_of(cfg, key, {"holdout": 0.0, **{k: v for k, v in own.items() if k != "name"}})
         if not one.holdout and getattr(source, "heldout", None) is None:
             source = Whole(source)
+        check_like_data(f"{key} ({name})", source, samples.source)
         with naming(key):
             found[name] = Dataset(source, seq_len, one.holdout, 0)
             if not found[name].heldout_windows:
@@ -47,8 +48,13 @@ class Whole:
     """A source that nobody trains on: all of it is held out."""
 
     def __init__(self, source: TokenSource) -> None:
-        self.vocab, self.bytes_per_token, self.digest = source.vocab, source.bytes_per_token, ""
+        self.vocab, self.bytes_per_token, self.index = source.vocab, source.bytes_per_token, index_of(source)
         self.tokens = self.heldout = source.tokens
+        self._source = source
+
+    @property
+    def digest(self) -> str:
+        return self._source.digest
 
 
 @torch.no_grad()

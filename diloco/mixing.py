@@ -125,6 +125,15 @@ def check_tokenizer(key: str, source: Facts, of: str, index: Any) -> None:
         )
 
 
+def check_like_data(key: str, source: Facts, data: Facts) -> None:
+    """Its tokens are those of `data`, as far as can be told. Raises ConfigError."""
+    check_tokenizer(key, source, "data", index_of(data))
+    if source.vocab != data.vocab:
+        raise ConfigError(
+            f"{key} has a vocabulary of {source.vocab}, and data one of {data.vocab}: prepare both with one tokenizer"
+        )
+
+
 def index_of(source: Facts) -> Any:
     """The diloco.corpus.folder.Index of a prepared folder, or of the first in a mixture; None: there is none."""
     return getattr(source, "index", None)

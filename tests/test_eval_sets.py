@@ -60,6 +60,22 @@ def test_a_set_that_has_no_whole_sequence_is_one_sentence(data: DataConfig, tmp_
         build(data, short)
 
 
+def test_a_set_is_of_the_tokenizer_of_data(data: DataConfig, tmp_path: Path) -> None:
+    """Also one that is not prepared, as far as its vocabulary tells."""
+    for name, end in (("a", 0), ("b", 0), ("c", 7)):
+        write_folder(tmp_path / name, {"train": [np.arange(41, dtype="u1")]}, 300, end=end)
+    trained = DataConfig(path=str(tmp_path / "a"), **PREPARED)  # type: ignore[arg-type]
+    sets = [{"name": name, "path": str(tmp_path / name)} for name in ("b", "c")]
+    assert list(build(trained, sets[0])) == ["b"]
+    with pytest.raises(ConfigError, match=r"^run\.eval_sets\[1\] \(c\) is of .* end 7, and data of bytes with end 0"):
+        build(trained, *sets)
+    text = {"name": "text", "path": data.path, "source": "diloco.data.text_bytes"}
+    with pytest.raises(
+        ConfigError, match=r"^run\.eval_sets\[0\] \(text\) has a vocabulary of 256, and data one of 300"
+    ):
+        build(trained, text)
+
+
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
