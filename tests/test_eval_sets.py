@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
-from diloco.data import DataConfig
+from diloco.data import DataConfig, Dataset
 from diloco.errors import ConfigError
-from diloco.evaluate import build_eval_sets
+from diloco.evaluate import build_eval_sets, evaluate
 from diloco.mixing import build_samples
 from tests.corpora import write_folder
+from tests.test_data import counting
 
 SEQ_LEN = 4
 PREPARED = {"source": "diloco.corpus.source.prepared", "holdout": 0.0}
@@ -45,6 +49,38 @@ def test_a_set_is_what_its_folder_holds_out_or_all_of_it(data: DataConfig, tmp_p
     ]
     assert (found["text"].heldout(0) == np.frombuffer(b"01234", dtype="u1")).all()
     assert [each.source.bytes_per_token for each in found.values()] == [1, 3, 5, 1, 1]
+
+
+@pytest.mark.parametrize("sequences", [1, 6, 19, 20, 33])
+@pytest.mark.parametrize("dp", [1, 3, 4])
+def test_windows_from_all_of_it_whoever_evaluates(sequences: int, dp: int) -> None:
+    """The same for any number of ranks, which all make as many forwards, and each window counts once."""
+    samples = Dataset(counting(200 * SEQ_LEN + 1), SEQ_LEN, 0.1, 0)
+    n = min(sequences, 20)
+    expected = [samples.heldout(i * 20 // n)[:2].tolist() for i in range(n)]
+    assert len({first for first, _ in expected}) == n
+    counted: list[list[int]] = []
+    calls: list[int] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        calls[-1] += 1
+        seen.append([row[:2].tolist() for row in batch])
+        nll = batch[:, 1].double().mean()
+        return nll, nll
+
+    sums = []
+    for rank in range(dp):
+        calls.append(0)
+        seen: list[list[list[int]]] = []
+        region = SimpleNamespace(
+            dp=dp, dp_rank=rank, tp=1, device="cpu", all_reduce_sum=lambda x: (sums.append(x), x)[1]
+        )
+        evaluate(nn.Identity(), loss, samples, region, sequences, 2)  # type: ignore[arg-type]
+        left = int(sums[-1][1].item()) // SEQ_LEN
+        counted += [row for batch in seen for row in batch][:left]
+    assert len(set(calls)) == 1 and counted == expected
+    total, tokens = torch.stack(sums).sum(0).tolist()
+    assert tokens == n * SEQ_LEN and total / tokens == pytest.approx(sum(row[1] for row in expected) / n)
 
 
 def test_training_that_holds_nothing_out_has_its_named_sets_alone(data: DataConfig, tmp_path: Path) -> None:
