@@ -221,6 +221,7 @@ _MEANS = {
     "mixture": "the names and weights of data.sources and data.phases",
     "shuffle": "the windows that are shuffled together (data.shuffle)",
     "seq_len": "inner.seq_len",
+    "end": "the token that ends documents (model.loss_args.end)",
     "outer": "outer.optimizer, with the numbers of inner that an outer AdamW takes,",
 }
 """Keys of the fingerprint -> keys of the config."""

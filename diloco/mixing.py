@@ -136,6 +136,16 @@ def check_like_data(key: str, source: Facts, data: Facts) -> None:
         )
 
 
+def check_end(loss_args: Mapping[str, Any], data: Facts) -> None:
+    """The documents of `data` end where the loss takes them to, as far as can be told. Raises ConfigError."""
+    end, index = loss_args.get("end"), index_of(data)
+    if end is not None and index is not None and end != index.end:
+        raise ConfigError(
+            f"model.loss_args.end={end}, but the documents of data end with {index.end}: set model.loss_args.end to that, or "
+            "to null for windows of one text each"
+        )
+
+
 def index_of(source: Facts) -> Any:
     """The diloco.corpus.folder.Index of a prepared folder, or of the first in a mixture; None: there is none."""
     return getattr(source, "index", None)

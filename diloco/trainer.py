@@ -130,6 +130,7 @@ class Trainer:
             "mixture": self.dataset.mixture,
             "shuffle": self.dataset.shuffle,
             "seq_len": self.cfg.inner.seq_len,
+            "end": self.cfg.model.loss_args.get("end"),
             "outer": adamw_fingerprint(self.cfg.inner) if self.data_parallel else "nesterov",
         }
 

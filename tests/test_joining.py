@@ -46,15 +46,17 @@ def samples(path: Path, **changes: Any) -> Samples:
     return build_samples(DataConfig(path=str(path), **{"holdout": 0.1, **changes}), 4, 0)
 
 
-def test_the_fingerprint_tells_what_is_held_out(tmp_path: Path) -> None:
+def test_the_fingerprint_tells_what_is_held_out_and_where_documents_end(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 50)
 
-    def fingerprint(holdout: float) -> dict[str, Any]:
-        data = samples(tmp_path / "a.txt", holdout=holdout)
-        stub = SimpleNamespace(cfg=Config(), dataset=data, fragments=[], parameters=0, data_parallel=False)
+    def fingerprint(holdout: float, **loss_args: Any) -> dict[str, Any]:
+        data, cfg = samples(tmp_path / "a.txt", holdout=holdout), Config()
+        cfg.model.loss_args = loss_args
+        stub = SimpleNamespace(cfg=cfg, dataset=data, fragments=[], parameters=0, data_parallel=False)
         return Trainer.fingerprint(stub)  # type: ignore[arg-type]
 
     assert fingerprint(0.1)["windows"] == 112 and fingerprint(0.1) == fingerprint(0.1) != fingerprint(0.2)
+    assert fingerprint(0.1, end=1) != fingerprint(0.1, end=2) != fingerprint(0.1)
 
 
 def test_a_rank_with_other_data_is_named(tmp_path: Path) -> None:
