@@ -27,7 +27,7 @@ from diloco.data import DataConfig
 from diloco.errors import ConfigError
 from diloco.evaluate import build_eval_sets
 from diloco.inner import InnerConfig
-from diloco.mixing import build_samples
+from diloco.mixing import build_samples, check_end
 from diloco.outer import OuterConfig
 from diloco.parallel import ParallelConfig
 from diloco.regional import Regional, RegionConfig, build_own
@@ -178,6 +178,7 @@ def validate(cfg: Config, world: int) -> None:
     parallel.validate(cfg.parallel, world)
     _validate_network(cfg)
     samples = build_samples(cfg.data, cfg.inner.seq_len, cfg.run.seed)
+    check_end(cfg.model.loss_args, samples.source)
     sets = build_eval_sets(cfg.data, cfg.run.eval_sets, samples, cfg.inner.seq_len)
     own = build_own(cfg.region, cfg.data, samples.source, cfg.inner.seq_len, cfg.run.seed)
     loading.check(Regional(samples, own), cfg.data.workers)

@@ -190,7 +190,12 @@ class Control:
         region = self.member.rpartition("_")[0]
         if region in state.expelled:
             return Order(end=expelled(region), clean=False)
-        return Order(end=f"{self.member} is not a member any more: its region joined again, or its leases expired")
+        gone = f"{self.member} is not a member any more"
+        if after := [member.id for member in state.members.values() if member.region == region]:
+            return Order(end=f"{gone}: its region joined again, as {after[0]}")
+        most = f"elastic.lease_rounds={state.settings.lease_rounds}"
+        why = f"its leases expired, as more than {most} rounds were without it; a restart joins anew"
+        return Order(end=f"{gone}: {why}", clean=False)  # torchrun starts it again
 
     def _explain(self, state: State, waiting: bool) -> None:
         """Says once why nothing happens: a pause, or too few regions for a round, or for the run to begin."""

@@ -327,13 +327,21 @@ class Dataset:
         """For the run's fingerprint: windows of a group of the order, 0 where it is one permutation."""
         return [self.order.group if self.order.group < self.train_windows else 0]
 
-    def heldout(self, i: int) -> np.ndarray:
-        """int64 [seq_len + 1]: held-out window i. Raises IndexError unless 0 <= i < heldout_windows."""
-        if not 0 <= i < self.heldout_windows:
-            raise IndexError(f"held-out window {i} of {self.heldout_windows}")
+    def heldout(self, i: int, of: int | None = None) -> np.ndarray:
+        """int64 [seq_len + 1]: held-out window i of so many that are spread evenly over all, of all by default. Raises
+        IndexError unless 0 <= i < of <= heldout_windows."""
+        of = self.heldout_windows if of is None else of
+        if not 0 <= i < of <= self.heldout_windows:
+            raise IndexError(f"held-out window {i} of {of}, there are {self.heldout_windows}")
+        window = i * self.heldout_windows // of
         if self._heldout is not None:
-            return self._window(i, self._heldout)
-        return self._window(i * self._every + self._every - 1, self.source.tokens)
+            return self._window(window, self._heldout)
+        return self._window(window * self._every + self._every - 1, self.source.tokens)
+
+    @property
+    def heldout_bytes_per_token(self) -> float:
+        """Of what is evaluated, on average: for bits per byte."""
+        return self.source.bytes_per_token
 
     def describe(self) -> str:
         left = (len(self.source.tokens) - 1) % self.seq_len

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -17,13 +17,12 @@ from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import Config, build_security, store_url
 from diloco.control import Control, Limits, RunLedger, expelled
-from diloco.corpus.source import Prepared
 from diloco.errors import ConfigError
 from diloco.exchanging import Setup, published
 from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
 from diloco.fragments import digest
 from diloco.journal import Journal
-from diloco.mixing import MixedFacts, Samples
+from diloco.mixing import MixedFacts, Samples, index_of
 from diloco.parallel import Region, on_rank_0
 from diloco.regional import Own
 from diloco.resetting import resume_samples
@@ -48,7 +47,7 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     """exchanges: to the process that is to do this rank's exchanges. Collective. Raises ConfigError, before anything is
     written, if this region does not fit the run."""
     cfg, region = trainer.cfg, trainer.region
-    check_ranks(region, data_of(trainer.dataset, trainer.own))
+    check_ranks(region, data_of(trainer.dataset, trainer.own, trainer.eval_sets))
     store = Store(store_url(cfg))
     journal = Journal(store)
     on_rank_0(region, lambda: _look(cfg, journal, stack))
@@ -123,12 +122,17 @@ def _own(cfg: Config, run: str) -> None:
 # The run
 
 
-def data_of(data: Samples, own: Sequence[Own]) -> dict[str, list[Any]]:
-    """Key -> training windows and digest of what this rank has there. Text is hashed by rank 0 alone, for the fingerprint:
-    of it the windows have to do."""
-    parts = {"data": data, **{f"region.sources[{k}]": each.samples for k, each in enumerate(own)}}
-    hashed = {key: isinstance(part.source, Prepared | MixedFacts) for key, part in parts.items()}
-    return {key: [part.train_windows, part.source.digest if hashed[key] else ""] for key, part in parts.items()}
+def data_of(data: Samples, own: Sequence[Own], sets: Mapping[str, Samples]) -> dict[str, list[Any]]:
+    """Key -> training and held-out windows and digest of what this rank has there. Text is hashed by rank 0 alone, for the
+    fingerprint: of it the windows have to do."""
+    parts: dict[str, Samples] = {"data": data, **{f"region.sources[{k}]": each.samples for k, each in enumerate(own)}}
+    parts |= {f"run.eval_sets ({name})": each for name, each in sets.items() if each not in parts.values()}
+    return {key: [part.train_windows, part.heldout_windows, _digest_of(part)] for key, part in parts.items()}
+
+
+def _digest_of(part: Samples) -> str:
+    cheap = isinstance(part.source, MixedFacts) or index_of(part.source) is not None
+    return part.source.digest if cheap else ""
 
 
 def check_ranks(region: Region, mine: dict[str, list[Any]]) -> None:
@@ -138,8 +142,8 @@ def check_ranks(region: Region, mine: dict[str, list[Any]]) -> None:
         for key, facts in ranks[0].items():
             if theirs[key] != facts:
                 raise ConfigError(
-                    f"{key} is not the same on all ranks of this region, training sequences and digest are {theirs[key]} on "
-                    f"rank {rank} and {facts} on rank 0: copy it again where it is wrong"
+                    f"{key} is not the same on all ranks of this region, training and held-out sequences and digest are "
+                    f"{theirs[key]} on rank {rank} and {facts} on rank 0: copy it again where it is wrong"
                 )
 
 
@@ -217,6 +221,7 @@ _MEANS = {
     "mixture": "the names and weights of data.sources and data.phases",
     "shuffle": "the windows that are shuffled together (data.shuffle)",
     "seq_len": "inner.seq_len",
+    "end": "the token that ends documents (model.loss_args.end)",
     "outer": "outer.optimizer, with the numbers of inner that an outer AdamW takes,",
 }
 """Keys of the fingerprint -> keys of the config."""

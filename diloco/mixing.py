@@ -43,7 +43,9 @@ class Samples(Protocol):
     @property
     def heldout_windows(self) -> int: ...
     def batch(self, indices: Iterable[int]) -> Tensor: ...
-    def heldout(self, i: int) -> np.ndarray: ...
+    def heldout(self, i: int, of: int | None = None) -> np.ndarray: ...
+    @property
+    def heldout_bytes_per_token(self) -> float: ...
     @property
     def mixture(self) -> dict[str, Any] | None:
         """For the run's fingerprint, if there are several sources: their names, and Schedule.describe()."""
@@ -122,6 +124,25 @@ def check_tokenizer(key: str, source: Facts, of: str, index: Any) -> None:
         raise ConfigError(
             f"{key} is of the tokenizer {_tokenizer(own)}, and {of} of {_tokenizer(index)}: prepare all with one "
             "--tokenizer and --end"
+        )
+
+
+def check_like_data(key: str, source: Facts, data: Facts) -> None:
+    """Its tokens are those of `data`, as far as can be told. Raises ConfigError."""
+    check_tokenizer(key, source, "data", index_of(data))
+    if source.vocab != data.vocab:
+        raise ConfigError(
+            f"{key} has a vocabulary of {source.vocab}, and data one of {data.vocab}: prepare both with one tokenizer"
+        )
+
+
+def check_end(loss_args: Mapping[str, Any], data: Facts) -> None:
+    """The documents of `data` end where the loss takes them to, as far as can be told. Raises ConfigError."""
+    end, index = loss_args.get("end"), index_of(data)
+    if end is not None and index is not None and end != index.end:
+        raise ConfigError(
+            f"model.loss_args.end={end}, but the documents of data end with {index.end}: set model.loss_args.end to that, or "
+            "to null for windows of one text each"
         )
 
 
@@ -217,30 +238,34 @@ class Mixed:
 
     def __init__(self, parts: Sequence[Dataset], names: Sequence[str], schedule: Schedule) -> None:
         self.parts, self.names, self.schedule = parts, list(names), schedule
-        shares = [mixture.shares for mixture in schedule.mixtures]
-        weighed = zip(shares[0], (part.source.bytes_per_token for part in parts), strict=True)
+        shares, bytes_per_token = schedule.mixtures[0].shares, [part.source.bytes_per_token for part in parts]
         self.source = MixedFacts(
             max(part.source.vocab for part in parts),
-            sum(float(share) * size for share, size in weighed),
+            _mean(bytes_per_token, shares),
             _digest(parts, schedule),
             _first_index(parts),
         )
         self.train_windows = sum(part.train_windows for part in parts)
-        self._held = [s for s, part in enumerate(parts) if part.heldout_windows and shares[0][s]]
-        self._heldout = Mixture([shares[0][s] for s in self._held]) if self._held else None
+        self._held = [s for s, part in enumerate(parts) if part.heldout_windows and shares[s]]
+        self._heldout = Mixture([shares[s] for s in self._held]) if self._held else None
         self.heldout_windows = self._heldout_length()
+        self.heldout_bytes_per_token = self.source.bytes_per_token
+        if self._heldout is not None:
+            self.heldout_bytes_per_token = _mean([bytes_per_token[s] for s in self._held], self._heldout.shares)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """int64 [n, seq_len + 1]: the training samples of n global indices."""
         return gather(self.parts, [self.schedule.locate(index) for index in indices], self.parts[0].seq_len)
 
-    def heldout(self, i: int) -> np.ndarray:
-        """int64 [seq_len + 1]: held-out windows of all sources that have some, by their first weights. Raises IndexError."""
-        if not 0 <= i < self.heldout_windows:
-            raise IndexError(f"held-out window {i} of {self.heldout_windows}")
+    def heldout(self, i: int, of: int | None = None) -> np.ndarray:
+        """int64 [seq_len + 1]: held-out windows of all sources that have some, by their first weights; those of each source are
+        spread over all that it has. Raises IndexError."""
+        of = self.heldout_windows if of is None else of
+        if not 0 <= i < of <= self.heldout_windows:
+            raise IndexError(f"held-out window {i} of {of}, there are {self.heldout_windows}")
         assert self._heldout is not None
         source, j = self._heldout.locate(i)
-        return self.parts[self._held[source]].heldout(j)
+        return self.parts[self._held[source]].heldout(j, self._heldout.counts(of)[source])
 
     @property
     def shuffle(self) -> list[int]:
@@ -276,6 +301,10 @@ class Mixed:
             for name, share, part in zip(self.names, shares, self.parts, strict=True)
         ]
         return f"training sequences of {', '.join(parts)}, {self.heldout_windows:,} held out"
+
+
+def _mean(values: Sequence[float], shares: Sequence[Fraction]) -> float:
+    return sum(float(share) * value for share, value in zip(shares, values, strict=True))
 
 
 def _digest(parts: Sequence[Dataset], schedule: Schedule) -> str:

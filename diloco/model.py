@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -203,18 +204,26 @@ def next_token_loss(
     model: nn.Module, tokens: Tensor, z_loss: float = 0.0, end: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of each token given those before it; end: of its document alone, if that token ends documents
-    (model.loss_args.end).
+    (model.loss_args.end). The first token of a document is then not predicted, as it has none before it.
 
-    tokens: int64 [B, T+1]. Returns fp32 scalars (objective, nll): nll is the mean in nats per token,
+    tokens: int64 [B, T+1]. Returns fp32 scalars (objective, nll): nll is the mean in nats per token that is predicted,
     detached; differentiate objective = nll + z_loss * mean(log(Z)^2) (PaLM, arXiv 2204.02311, section 5).
     """
-    inputs = tokens[:, :-1]
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
     logits = (model(inputs) if end is None else model(inputs, end)).flatten(0, 1).float()
-    targets = tokens[:, 1:].flatten()
-    nll = F.cross_entropy(logits, targets)
+    if end is None:
+        mean, nll = Tensor.mean, F.cross_entropy(logits, targets)
+    else:
+        mean = partial(_mean_where, (inputs != end).flatten())
+        nll = mean(F.cross_entropy(logits, targets, reduction="none"))
     if not z_loss:
         return nll, nll.detach()
-    return nll + z_loss * logits.logsumexp(-1).square().mean(), nll.detach()
+    return nll + z_loss * mean(logits.logsumexp(-1).square()), nll.detach()
+
+
+def _mean_where(counted: Tensor, values: Tensor) -> Tensor:
+    """0 if none is counted. Of fixed shapes: picking them out would make the host wait for the device."""
+    return values.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def llama_plan(model: nn.Module, tp_size: int) -> dict[str, ParallelStyle]:

@@ -17,10 +17,9 @@ from diloco.mixing import (
     Facts,
     Samples,
     build_part,
-    check_tokenizer,
+    check_like_data,
     fetches_in_turn,
     gather,
-    index_of,
     least_readahead,
 )
 from diloco.reading import SOURCE
@@ -62,12 +61,7 @@ def build_own(cfg: RegionConfig, data: DataConfig, of: Facts, seq_len: int, seed
         name, share = _name(where, part, [own.name for own in found]), _share(where, part)
         order = hashlib.sha256(f"{seed}/{cfg.name}/{name}".encode()).digest()
         samples = build_part(data, where, part, seq_len, int.from_bytes(order[:8], "big"))
-        check_tokenizer(f"{where} ({name})", samples.source, "data", index_of(of))
-        if samples.source.vocab != of.vocab:
-            raise ConfigError(
-                f"{where} ({name}) has a vocabulary of {samples.source.vocab}, and data one of {of.vocab}: prepare both with one "
-                "tokenizer"
-            )
+        check_like_data(f"{where} ({name})", samples.source, of)
         found.append(Own(name, share, samples))
     if (total := sum(own.share for own in found)) > 1:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diloco.fold import fold
@@ -36,11 +36,11 @@ def tally(entries: Sequence[bytes]) -> tuple[State, Counts]:
             counts = _rewound(before, counts, history[origin(entry["checkpoint"])], entry.get("skip_data", False))
         history.append(counts)
     assert state is not None
-    return state, counts + _open(state)
+    return state, _shared(counts) + _open(state)
 
 
 def _of_round(before: State, entry: dict[str, Any]) -> Counts:
-    """Which samples outer.merge=mix dropped is not known, only how many: those of the first source are named."""
+    """What outer.merge=mix dropped is under the first sources, see _shared."""
     counts: Counts = Counter()
     out = before.rejected(entry["fragment"], entry["answers"])
     for answer in entry["answers"]:
@@ -53,6 +53,28 @@ def _of_round(before: State, entry: dict[str, Any]) -> Counts:
             counts[member.region, source, "mix"] += dropped
             counts[member.region, source, "norm" if answer["member"] in out else "applied"] += samples - dropped
     return counts
+
+
+def _shared(counts: Counts) -> Counts:
+    """Which samples outer.merge=mix dropped is not known, only how many: a region's sources share them in proportion to what
+    each gave. Of the sums, as a round drops too few for every source to have its part."""
+    shared = counts.copy()
+    for region in {region for region, _, _ in counts}:
+        gave = {s: counts[r, s, "applied"] + counts[r, s, "mix"] for r, s, _ in sorted(counts) if r == region}
+        dropped = split(sum(counts[region, source, "mix"] for source in gave), gave)
+        for source, samples in gave.items():
+            shared[region, source, "mix"] = dropped[source]
+            shared[region, source, "applied"] = samples - dropped[source]
+    return shared
+
+
+def split(total: int, weights: Mapping[str, int]) -> dict[str, int]:
+    """In proportion, in integers that sum to total, by the largest remainders; none is above its weight if total is not above
+    their sum."""
+    exact = {key: divmod(total * weight, sum(weights.values()) or 1) for key, weight in weights.items()}
+    parts = {key: whole for key, (whole, _) in exact.items()}
+    most = sorted(exact, key=lambda key: -exact[key][1])
+    return {key: parts[key] + (key in most[: total - sum(parts.values())]) for key in parts}
 
 
 def _by_source(state: State, spans: Iterable[Span]) -> Counter[str]:

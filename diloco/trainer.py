@@ -130,6 +130,7 @@ class Trainer:
             "mixture": self.dataset.mixture,
             "shuffle": self.dataset.shuffle,
             "seq_len": self.cfg.inner.seq_len,
+            "end": self.cfg.model.loss_args.get("end"),
             "outer": adamw_fingerprint(self.cfg.inner) if self.data_parallel else "nesterov",
         }
 
@@ -357,7 +358,7 @@ class Trainer:
             begin = time.monotonic()
             sequences, micro_batch = self.cfg.run.eval_sequences, self.inner.micro_batch
             nll, tokens = evaluate(self.model, self.inner.loss, held_out, self.region, sequences, micro_batch)
-            size = held_out.source.bytes_per_token
+            size = held_out.heldout_bytes_per_token
             self.report.evaluation(name, self.state.rounds, nll, size, tokens, time.monotonic() - begin)
         for f, flat in local.items():
             self.shards.write(f, flat)

@@ -106,7 +106,7 @@ class HeldOut:
 
     heldout_windows = INNER.batch
 
-    def heldout(self, i: int) -> np.ndarray:
+    def heldout(self, i: int, of: int) -> np.ndarray:
         return batch(0)[i].numpy()
 
 

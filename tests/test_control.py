@@ -223,3 +223,24 @@ def test_only_a_new_run_waits_for_its_regions_for_ever() -> None:
     patient = RunLedger(journal, 60.0)  # type: ignore[arg-type]
     journal.state = log.add(log.round(answer("eu_1", (0, 16))))
     assert not patient.standing().view.first, "a round has come"
+
+
+def test_whose_leases_expired_ends_not_as_wanted_and_is_started_again() -> None:
+    (control, _), log = region(), run(lease_rounds=1)
+    log.add(joining("us_1"))
+    for _ in range(2):
+        log.add(log.round(answer("us_1", (1, log.state.members["us_1"].leases[0].applied + 2))))
+    assert "eu_1" not in log.state.members
+    order = control.next(log.state, Status(0, 0, {}, 40, (9,)))
+    assert not order.clean and order.end == (
+        "eu_1 is not a member any more: its leases expired, as more than elastic.lease_rounds=1 rounds were without it; "
+        "a restart joins anew"
+    )
+
+
+def test_who_was_succeeded_ends_as_wanted() -> None:
+    """Or both would be started again and again, each in place of the other."""
+    (control, _), log = region(), run()
+    log.add(joining("eu_2"))
+    order = control.next(log.state, Status(0, 0, {}, 40, (9,)))
+    assert order.end == "eu_1 is not a member any more: its region joined again, as eu_2" and order.clean

@@ -108,6 +108,8 @@ def test_batch_is_its_samples() -> None:
     assert len(set(shuffled.batch(range(900))[:, 0].tolist())) == shuffled.train_windows == 900
     with pytest.raises(IndexError):
         data.heldout(data.heldout_windows)
+    with pytest.raises(IndexError):
+        data.heldout(3, 3)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ckpt.store import Store
 from diloco.config import Config
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
+from diloco.evaluate import build_eval_sets
 from diloco.fold import fold
 from diloco.joining import _become_member, check_ranks, data_of
 from diloco.journal import Journal
@@ -45,34 +46,63 @@ def samples(path: Path, **changes: Any) -> Samples:
     return build_samples(DataConfig(path=str(path), **{"holdout": 0.1, **changes}), 4, 0)
 
 
-def test_the_fingerprint_tells_what_is_held_out(tmp_path: Path) -> None:
+def test_the_fingerprint_tells_what_is_held_out_and_where_documents_end(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 50)
 
-    def fingerprint(holdout: float) -> dict[str, Any]:
-        data = samples(tmp_path / "a.txt", holdout=holdout)
-        stub = SimpleNamespace(cfg=Config(), dataset=data, fragments=[], parameters=0, data_parallel=False)
+    def fingerprint(holdout: float, **loss_args: Any) -> dict[str, Any]:
+        data, cfg = samples(tmp_path / "a.txt", holdout=holdout), Config()
+        cfg.model.loss_args = loss_args
+        stub = SimpleNamespace(cfg=cfg, dataset=data, fragments=[], parameters=0, data_parallel=False)
         return Trainer.fingerprint(stub)  # type: ignore[arg-type]
 
     assert fingerprint(0.1)["windows"] == 112 and fingerprint(0.1) == fingerprint(0.1) != fingerprint(0.2)
+    assert fingerprint(0.1, end=1) != fingerprint(0.1, end=2) != fingerprint(0.1)
 
 
 def test_a_rank_with_other_data_is_named(tmp_path: Path) -> None:
     arrays = [np.full(100, k, dtype="u1") for k in range(3)]
     folders = [write_folder(tmp_path / str(k), {"train": [array]}) for k, array in enumerate(arrays)]
     prepared = {"source": "diloco.corpus.source.prepared", "holdout": 0.0}
-    mine, theirs = (data_of(samples(folder, **prepared), []) for folder in folders[:2])
+    mine, theirs = (data_of(samples(folder, **prepared), [], {}) for folder in folders[:2])
     check_ranks(Ranks(mine, mine), mine)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=rf"^data is not the same .*\[24, '{theirs['data'][1]}'\] on rank 2"):
+    with pytest.raises(ConfigError, match=rf"^data is not the same .*\[24, 0, '{theirs['data'][2]}'\] on rank 2"):
         check_ranks(Ranks(mine, theirs), mine)  # type: ignore[arg-type]
-    here, there = (data_of(samples(folders[0], **prepared), build(own(0, "a", 1, holdout=h))) for h in (0.1, 0.2))
+    parts = (build(own(0, "a", 1, holdout=h)) for h in (0.1, 0.2))
+    here, there = (data_of(samples(folders[0], **prepared), part, {}) for part in parts)
     with pytest.raises(ConfigError, match=r"^region\.sources\[0\] is not the same"):
+        check_ranks(Ranks(there), here)  # type: ignore[arg-type]
+
+
+def test_a_rank_with_another_evaluation_set_is_named(tmp_path: Path) -> None:
+    """Its length, of text too, and the digest of what is prepared: the ranks evaluate it together."""
+    write_folder(tmp_path / "a", {"train": [np.arange(101, dtype="u1")]}, 256)
+    write_folder(tmp_path / "b", {"train": [np.arange(100, -1, -1, dtype="u1")]}, 256)
+    for name, size in (("c", 41), ("d", 45)):
+        (tmp_path / name).write_text("x" * size)
+    train = DataConfig(path=str(tmp_path / "c"), holdout=0.0)
+    data = build_samples(train, 4, 0)
+
+    def facts(name: str, **more: Any) -> dict[str, list[Any]]:
+        one = {"name": "books", "path": str(tmp_path / name), **more}
+        return data_of(data, [], build_eval_sets(train, [one], data, 4))
+
+    prepared = {"source": "diloco.corpus.source.prepared"}
+    for here, there in ((facts("c"), facts("d")), (facts("a", **prepared), facts("b", **prepared))):
+        check_ranks(Ranks(here), here)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"^run\.eval_sets \(books\) is not the same"):
+            check_ranks(Ranks(there), here)  # type: ignore[arg-type]
+    short, long = tmp_path / "short", tmp_path / "long"
+    for path, size in ((short, 77), (long, 81)):
+        path.write_text("x" * size)  # both train on 18 windows of 4
+    here, there = (data_of(samples(path), [], {}) for path in (short, long))
+    with pytest.raises(ConfigError, match=r"^data is not the same"):
         check_ranks(Ranks(there), here)  # type: ignore[arg-type]
 
 
 def test_text_is_not_hashed_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 50)
     text = samples(tmp_path / "a.txt")
-    assert data_of(text, []) == {"data": [112, ""]} and "digest" not in vars(text.source)
+    assert data_of(text, [], {"held-out": text}) == {"data": [112, 12, ""]} and "digest" not in vars(text.source)
 
 
 def test_a_join_that_became_invalid_ends_in_a_sentence(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from fractions import Fraction
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diloco.fold import counters
@@ -259,9 +259,35 @@ def test_sources_are_told_apart_sample_by_sample() -> None:
     for k, source in enumerate(mixture["names"]):
         for region, column, ids in (("eu", "applied", range(5)), ("eu", "leased", held), ("us", "returned", back)):
             assert counts[region, source, column] == sum(schedule.locate(i)[0] == k for i in ids)
+    assert not any(column == "mix" for _, _, column in counts)
     rows = [line.split() for line in table(state, counts)]
     assert [row[:2] for row in rows[1:5]] == [["eu", "books"], ["eu", "web"], ["us", "books"], ["us", "web"]]
     assert [row[:3] for row in rows[5:7]] == [["all", "regions", "books"], ["all", "regions", "web"]] and len(rows) == 8
     numbers = [[int(n.replace(",", "")) for n in row[-7:]] for row in rows[1:]]
     assert all(sum(row[:-1]) == row[-1] for row in numbers)
     assert numbers[-1] == [sum(column) for column in zip(*numbers[:4], strict=True)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 10), st.integers(0, 12)), min_size=1, max_size=12), st.integers(1, 9))
+@example([(10, 3)], 1)
+@example([(2, 1)] * 12, 1)
+@settings(deadline=None)
+def test_what_mix_dropped_is_shared_by_the_sources(rounds: list[tuple[int, int]], weight: int) -> None:
+    """In proportion to what each gave, however it was dropped."""
+    mixture = {"names": ["web", "books"], "phases": Schedule([(0, [Fraction(weight), Fraction(1)])]).describe()}
+    log, dropped = Log({**opening(), "fingerprint": {"fragments": 1, "mixture": mixture}}, joining("eu_1")), 0
+    for samples, news in rounds:
+        dropped += news
+        used = {x.id: x.applied for x in log.state.members["eu_1"].leases}
+        for x in log.state.members["eu_1"].leases:
+            used[x.id] += min(samples, x.left)
+            samples -= used[x.id] - x.applied
+        log.add(log.round({**answer("eu_1", *used.items()), "dropped": dropped}))
+    state, counts = tally(log.entries)
+    ledger = state.ledger
+    assert differs(state, counts) is None
+    assert sum(counts["eu", name, "mix"] for name in mixture["names"]) == ledger.dropped
+    gave = Schedule.of(mixture["phases"]).counts(ledger.applied + ledger.dropped)
+    for name, n in zip(mixture["names"], gave, strict=True):
+        assert counts["eu", name, "applied"] + counts["eu", name, "mix"] == n
+        assert abs(counts["eu", name, "mix"] - Fraction(ledger.dropped * n, sum(gave) or 1)) < 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from diloco.data import DataConfig
 from diloco.errors import ConfigError
 from diloco.mixing import build_samples
 from diloco.mixture import Mixture, Schedule, most
+from tests.corpora import write_folder
 from tests.test_data import Counting
 
 GOLDEN = [0, 1, 0, 2, 0, 3, 0, 2, 0, 4, 0, 0, 2, 0, 3, 0, 2, 0, 1, 0]
@@ -103,6 +104,37 @@ def test_mixed_samples_are_each_source_once_an_epoch_by_weight() -> None:
     held = [int(samples.heldout(i)[0]) for i in range(samples.heldout_windows)]
     assert len(set(held)) == len(held) >= 39 and not set(held) & set(starts)
     assert abs(sum(start < 1_000_000 for start in held) - len(held) / 4) <= 1
+
+
+def test_held_out_windows_are_spread_over_each_source_by_weight() -> None:
+    """However many: each source has its share, of windows from all of what it holds out."""
+    samples = build_samples(config(4 * 400 + 1, 4 * 400 + 1, 4 * 400 + 1, weights=[1, 1, 2], holdout=0.25), 4, 0)
+    for n in (1, 8, 50, samples.heldout_windows):
+        starts = sorted(int(samples.heldout(i, n)[0]) for i in range(n))
+        assert len(set(starts)) == n
+        for k, share in enumerate((0.25, 0.25, 0.5)):
+            places = [start - k * 1_000_000 for start in starts if start // 1_000_000 == k]
+            assert abs(len(places) - n * share) <= 1.5
+            gaps = [b - a for a, b in pairwise([0, *places, 1600])]
+            assert n < 8 or max(gaps) <= 1600 / len(places) + 16
+    with pytest.raises(IndexError):
+        samples.heldout(0, samples.heldout_windows + 1)
+
+
+def test_bytes_per_token_of_evaluations_are_of_what_is_held_out(tmp_path: Path) -> None:
+    """Weights 1/4, 1/4, 1/2; the last holds nothing out."""
+    tokens = np.arange(41, dtype="u1")
+    parts = []
+    for k, (size, weight, splits) in enumerate([(2, 1, 2), (6, 1, 2), (30, 2, 1)]):
+        shards = {name: [tokens] for name in ("train", "heldout")[:splits]}
+        folder = write_folder(tmp_path / str(k), shards, 256, size)
+        parts.append({"weight": weight, "source": "diloco.corpus.source.prepared", "path": str(folder)})
+    samples = build_samples(DataConfig(holdout=0.0, sources=parts), 4, 0)
+    assert samples.source.bytes_per_token == 17 and samples.heldout_bytes_per_token == 4
+    alone = build_samples(DataConfig(holdout=0.0, sources=parts[:1]), 4, 0)
+    assert alone.heldout_bytes_per_token == alone.source.bytes_per_token == 2
+    without = build_samples(DataConfig(holdout=0.0, sources=parts[2:]), 4, 0)
+    assert without.heldout_windows == 0 and without.heldout_bytes_per_token == 30
 
 
 def test_the_digest_tells_weights_phases_and_data_apart() -> None:

@@ -176,7 +176,19 @@ def test_packed_documents_are_as_if_each_was_alone() -> None:
         alone = model(torch.stack([row, other])[b : b + 1, begin:stop])
         torch.testing.assert_close(together[b : b + 1, begin:stop], alone, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(together[0, 8:21], model(row[None])[0, 8:21], atol=1e-3), "or it shows nothing"
-    batch = torch.stack([row, other])
-    nll = next_token_loss(model, batch, end=0)[1]
-    expected = F.cross_entropy(together[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-    torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_packed_documents_is_theirs_alone() -> None:
+    """With z-loss, too: no target is predicted from another document. Against a pass of each by itself."""
+    model, rows = small().double(), tokens(2, 41) % 63 + 1
+    rows[0, [6, 7, 20, 39]] = rows[1, 11] = 0
+    spans = [(0, 0, 7), (0, 8, 21), (0, 21, 40), (1, 0, 12), (1, 12, 41)]  # nothing is predicted in [7, 8) and [40, 41)
+    alone = [model(rows[b : b + 1, begin : stop - 1])[0].float() for b, begin, stop in spans]
+    targets = torch.cat([rows[b, begin + 1 : stop] for b, begin, stop in spans])
+    nll = F.cross_entropy(torch.cat(alone), targets)
+    z = torch.cat(alone).logsumexp(-1).square().mean()
+    objective, found = next_token_loss(model, rows, z_loss=0.1, end=0)
+    torch.testing.assert_close(found, nll.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(objective, nll + 0.1 * z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(next_token_loss(model, rows, end=0)[0], nll, atol=1e-5, rtol=1e-5)
+    assert next_token_loss(model, torch.zeros_like(rows), z_loss=0.1, end=0)[0] == 0, "nothing to predict"

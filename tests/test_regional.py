@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diloco.composing import compose_config
+from diloco.config import validate
 from diloco.data import DataConfig
 from diloco.errors import ConfigError
 from diloco.evaluate import build_eval_sets
@@ -92,6 +94,28 @@ def test_all_is_of_one_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^region\.sources\[1\] \(c\) {words}"):
         build_own(RegionConfig("eu", [parts[1], parts[2]]), alike, data, SEQ_LEN, 0)
     assert len(build_own(RegionConfig("eu", parts[:2]), alike, data, SEQ_LEN, 0)) == 2
+
+
+def test_packing_ends_documents_where_the_data_does(tmp_path: Path) -> None:
+    tokens = {"train": [np.arange(201, dtype="u1")]}
+    folders = {end: write_folder(tmp_path / str(end), tokens, 256, end=end) for end in (9, None)}
+
+    def check(path: Path, *more: str) -> None:
+        validate(
+            compose_config(
+                ["region.name=eu", "model=tiny", "inner.seq_len=8", "data=prepared", f"data.path={path}", *more]
+            ),
+            1,
+        )
+
+    for path, end in ((folders[9], "9"), (folders[9], "null"), (folders[None], "null")):
+        check(path, f"+model.loss_args.end={end}")
+    check(folders[9])
+    for end, path in folders.items():
+        with pytest.raises(
+            ConfigError, match=rf"^model\.loss_args\.end=8, but the documents of data end with {end}: set"
+        ):
+            check(path, "+model.loss_args.end=8")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def plain(
             outer.step()
             for worker in workers:
                 worker.load_state_dict(shared.state_dict())
-            windows = torch.stack([torch.from_numpy(data.heldout(i)) for i in range(4)])
+            windows = torch.stack([torch.from_numpy(data.heldout(i, 4)) for i in range(4)])
             held_out.append(next_token_loss(shared, windows)[1].item())
     return losses, held_out
 
