@@ -1,6 +1,6 @@
 """`python -m tests.bench.chaos [--minutes 30] [--seed 0] [--regions 4] [--gap 13] [--directory DIR]`: a run under fire.
 
-Regions in a WAN lab (root) train while a schedule drawn from the seed kills (regions, a rank, the lighthouse), freezes,
+Regions in a WAN lab (root) train while a schedule drawn from the seed kills (regions, ranks, uploaders, the lighthouse), freezes,
 partitions, cuts and slows them, or lets them leave and come back, at random moments and at named ones: while blocks are
 exchanged, between a result and its entry, just after an entry, while a joiner fetches. Whatever ends is started again by what
 stands for a service manager. After every journal entry all of this is checked (tests/chaos/checker.py): digests of all members,

@@ -12,8 +12,8 @@ from tests.chaos.watch import Watch
 from tests.e2e.cluster import Cluster, kill
 from tests.test_wan import needs_root
 
-MINUTES, SEED, GAP, REGIONS = 2.2, 5, 5.0, 4
-"""With the start and the end, about three minutes on two cores; a schedule with every kind of fault and moment."""
+MINUTES, SEED, GAP, REGIONS = 3.0, 27, 5.0, 4
+"""With the start and the end, about four and a half minutes on two cores; a schedule with every kind of fault and moment."""
 
 
 @needs_root
