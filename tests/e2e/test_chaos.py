@@ -14,7 +14,7 @@ from tests.e2e.cluster import Cluster, kill
 from tests.test_wan import needs_root
 
 MINUTES, SEED, GAP, REGIONS = 3.0, 27, 5.0, 4
-"""With the start and the end, about four and a half minutes on two cores; a schedule with every kind of fault and moment."""
+"""With the start and the end, about three and a half minutes on two cores; a schedule with every kind of fault and moment."""
 
 
 @needs_root
