@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,10 @@ from elastic.lighthouse import (
     find_or_serve,
     host_port,
     is_local,
+    reach,
 )
+from elastic.security import ENVIRONMENT, choose
+from tests.attackers import SECRET
 from tests.ports import free_port
 
 REPO = Path(__file__).resolve().parents[1]
@@ -176,3 +181,68 @@ def test_a_lighthouse_that_is_killed_and_comes_back_is_taken_up_again(
     assert until(lambda: bool(founds) and member.reachable, member.ask)
     again.terminate()
     assert again.wait(10) == 0
+
+
+NAME = "lighthouse.test"
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The address that NAME stands for, which may be changed."""
+    places, resolve = ["127.0.0.1"], socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *more: Any, **options: Any) -> Any:
+        return resolve(places[0] if host == NAME else host, *more, **options)
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    return places
+
+
+class Three:
+    """Members who know the lighthouse by its name and prove themselves to it, and whom each found last."""
+
+    def __init__(self, stack: ExitStack, port: int) -> None:
+        self.stack, self.port = stack, port
+        self.members: dict[str, Membership] = {}
+        self.found: dict[str, set[str]] = {}
+
+    def add(self, name: str) -> None:
+        entrance = self.stack.enter_context(reach(f"http://{NAME}:{self.port}", choose("", "", name), name))
+        assert entrance is not None
+        heard = partial(self._heard, name)
+        self.members[name] = Membership(entrance.address, name, f"{name}:1", "r", lambda: True, heard)
+        self.stack.callback(end, self.members[name])
+
+    def _heard(self, name: str, them: dict[str, str]) -> None:
+        self.found[name] = set(them)
+
+    def meet(self, *names: str) -> bool:
+        """Whether all of these find each other, from now on."""
+        self.found.clear()
+        return until(lambda: all(self.found.get(name, set()) >= set(names) - {name} for name in names), self.ask)
+
+    def ask(self) -> None:
+        for member in self.members.values():
+            member.ask()
+
+
+def test_a_lighthouse_that_moves_is_found_by_its_name_and_two_at_once_do_no_harm(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, named: list[str]
+) -> None:
+    """Who has one asks there until it has not answered once; who comes asks the other one."""
+    monkeypatch.setattr("elastic.lighthouse.HEARTBEAT_TIMEOUT", 2.0)
+    monkeypatch.setenv(ENVIRONMENT, SECRET)
+    port = free_port()
+    before, _ = start(f"127.0.0.1:{port}", stack)
+    three = Three(stack, port)
+    three.add("eu_1")
+    three.add("us_2")
+    assert three.meet("eu_1", "us_2")
+    start(f"127.0.0.2:{port}", stack)
+    named[0] = "127.0.0.2"
+    three.add("asia_3")
+    assert three.meet("eu_1", "us_2")
+    assert until(lambda: "asia_3" in three.found, three.ask), "with two, everybody is answered"
+    before.kill()
+    assert three.meet("eu_1", "us_2", "asia_3")
+    assert until(lambda: all(member.reachable for member in three.members.values()), three.ask)

@@ -1,11 +1,11 @@
 """`python -m tests.bench.chaos [--minutes 30] [--seed 0] [--regions 4] [--gap 13] [--directory DIR]`: a run under fire.
 
-Regions in a WAN lab (root) train while a schedule drawn from the seed kills (regions, a rank, the lighthouse), freezes,
+Regions in a WAN lab (root) train while a schedule drawn from the seed kills (regions, ranks, uploaders, the lighthouse), freezes,
 partitions, cuts and slows them, or lets them leave and come back, at random moments and at named ones: while blocks are
 exchanged, between a result and its entry, just after an entry, while a joiner fetches. Whatever ends is started again by what
 stands for a service manager. After every journal entry all of this is checked (tests/chaos/checker.py): digests of all members,
 samples and inner steps, each once and none lost, and that rounds go on, with every region that nothing is done to.
-Ends with exit code 1 if anything was violated.
+Ends with exit code 1 if anything was violated, or a target is missed: as many faults as are asked for, and a round for each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ SETTINGS = [
 ]
 RESTARTS_A_MINUTE = 1.0
 RESTARTS = 30
+FAULTS, IN_MINUTES = 100, 30.0
+"""At least so many in that time, and as many of a shorter or longer one."""
 START_SECONDS = 300.0
 """Until the first round of all: starting takes each region some seconds of a core."""
 
@@ -72,7 +74,7 @@ def chaos(
     return drill
 
 
-def rows(drill: Drill) -> list[Row]:
+def rows(drill: Drill, minutes: float) -> list[Row]:
     tally, checker = drill.tally, drill.watch.checker
     rounds = len(checker.rounds)
     found = [Row(f"faults: {kind}", count, "") for kind, count in sorted(tally.faults.items())]
@@ -80,7 +82,7 @@ def rows(drill: Drill) -> list[Row]:
     return [
         *found,
         Row("faults whose moment did not come, or who met nobody", tally.missed + tally.idle, ""),
-        Row("faults", tally.all, ""),
+        at_least("faults", tally.all, "", FAULTS * minutes / IN_MINUTES),
         at_most("of them restarts", tally.restarts, "", RESTARTS),
         at_least("rounds a fault", rounds / max(tally.all, 1), "", 1.0),
         Row("digests compared", checker.compared, ""),
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
     faults = faults_of(arguments.minutes, arguments.seed, arguments.regions, arguments.gap)
     drill = chaos(directory, arguments.minutes, faults, arguments.regions)
-    found = rows(drill)
+    found = rows(drill, arguments.minutes)
     for text in drill.violations:
         print(f"violation: {text}")
     show(f"chaos --seed {arguments.seed}", found)

@@ -3,7 +3,7 @@ a multiple of its bytes over what the donors' uplinks carry, measured with raw T
 
 The joiner has 1 Gbit/s down, each donor 100 Mbit/s up, a round trip takes 100 ms. "Held up" is how long the main loop of a
 donor waited for the interpreter or for the lock of its planes; the same without a joiner is beside it, since other programs on
-the machine show in both. CPU-seconds include those of the loop that looks.
+the machine show in both. CPU-seconds include those of the loop that looks. Ends with exit code 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def donor_dies(w: Joining) -> Iterator[Row]:
     yield at_most("the same: bytes ÷ state", sum(fetched["served"].values()) / w.nbytes, "x", LIMIT)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=int, default=25)
     parser.add_argument("--repeat", type=int, default=3)
@@ -140,7 +140,8 @@ def main() -> None:
                 rows.append(row)
                 print(f"# {row.case}: {number(row.value)} {row.unit}", file=sys.stderr, flush=True)
     show("join", rows)
+    return 0 if all(row.ok for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

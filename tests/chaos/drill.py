@@ -144,10 +144,10 @@ class Drill:
         met = self.until(probe, MOMENT_SECONDS, every=SELDOM)
         begin = time.monotonic()
         self.until(lambda: time.monotonic() >= begin + fault.after, 1.0, every=SELDOM)
-        if fault.kind in (plan.KILL, plan.RANK, plan.LEAVE, plan.FREEZE) and not units[0].up:
+        down = fault.kind in plan.OF_PROCESSES and not units[0].up
+        if down or not self._do(fault, units, pids):
             self.tally.idle += 1
             return
-        self._do(fault, units, pids)
         self.tally.faults[fault.kind] = self.tally.faults.get(fault.kind, 0) + 1
         self.tally.restarts += fault.restarts
         self.tally.missed += not met
@@ -156,12 +156,15 @@ class Drill:
         state = self.watch.checker.state
         self.say(f"{fault}{'' if met else ' (which did not come)'}, after {state.rounds if state else 0} rounds")
 
-    def _do(self, fault: Fault, units: list[Unit], pids: list[list[int]]) -> None:
-        lasts = fault.lasts
+    def _do(self, fault: Fault, units: list[Unit], pids: list[list[int]]) -> bool:
+        """False: there was nobody to do it to."""
+        lasts, met = fault.lasts, True
         if fault.kind == plan.KILL:
-            units[0].kill(lasts, pids[0] if set(pids[0]) >= set(units[0].direct()) else None)
+            units[0].kill(lasts, pids[0] if set(pids[0]) >= set(units[0].pids()) else None)
         elif fault.kind == plan.RANK:
-            units[0].kill_one(self.random)
+            met = units[0].kill_one(self.random)
+        elif fault.kind == plan.HELPER:
+            met = units[0].kill_helper(self.random)
         elif fault.kind == plan.LEAVE:
             units[0].leave(lasts, fault.renamed)
         elif fault.kind == plan.LIGHTHOUSE:
@@ -174,8 +177,9 @@ class Drill:
             self.later(lasts, f"{fault.places[0]} is as fast as before", lambda: self.lab.unslow(fault.places[0]))
         else:
             self._cut(fault)
-        for place in fault.places:
+        for place in fault.places if met else ():
             self._touched[place] = max(self._touched.get(place, 0.0), time.monotonic() + lasts)
+        return met
 
     def _cut(self, fault: Fault) -> None:
         """A link; or a side from all others and the lighthouse."""

@@ -18,13 +18,14 @@ from pathlib import Path
 from random import Random
 
 from launch.wan import HUB, Lab
-from tests.e2e.cluster import children, parent
+from tests.e2e.cluster import children, exchanges, parent, uploaders
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTART_SECONDS = 1.0
 LEAVE_SECONDS = 30.0
-"""How long a clean leave may take."""
+"""How long a clean leave may take, and the end of a rank whose exchanges were killed."""
+LEAVING = "asked to leave"
 CLEAN, KILLED, TERMINATED = 0, -signal.SIGKILL, (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
@@ -40,7 +41,8 @@ class Unit:
         self.frozen = False
         self.doomed = ""
         """Why its end is no surprise."""
-        self.leave_by: float | None = None
+        self.end_by: float | None = None
+        """Until when that excuses it."""
 
     def tend(self, now: float) -> str:
         """Starts what is due, and looks after what has ended. Returns what is wrong about its end, if something is."""
@@ -50,14 +52,14 @@ class Unit:
             return ""
         code = self.process.poll()
         if code is None:
-            if self.leave_by is not None and now > self.leave_by:
-                self.leave_by = None
+            if self.end_by is not None and now > self.end_by:
+                why, self.end_by = self.doomed, None
                 self.kill()
-                return f"{self.name} did not leave within {LEAVE_SECONDS:g} s of being asked to: {self.tail()}"
+                return f"{self.name} was {why}, and did not end within {LEAVE_SECONDS:g} s: {self.tail()}"
             return ""
-        doomed, leaving = self.doomed, self.leave_by is not None
+        doomed = self.doomed
         self._rest(max(self.start_at, now + RESTART_SECONDS))
-        if leaving and code != CLEAN and code not in TERMINATED:
+        if doomed == LEAVING and code != CLEAN and code not in TERMINATED:
             return f"{self.name} was asked to leave and ended with exit code {code}: {self.tail()}"
         return "" if doomed else f"{self.name} ended by itself, with exit code {code}: {self.tail()}"
 
@@ -72,7 +74,7 @@ class Unit:
             )
 
     def _rest(self, until: float) -> None:
-        self.process, self.start_at, self.frozen, self.doomed, self.leave_by = None, until, False, "", None
+        self.process, self.start_at, self.frozen, self.doomed, self.end_by = None, until, False, "", None
 
     @property
     def up(self) -> bool:
@@ -103,25 +105,37 @@ class Unit:
         self.signal(signal.SIGKILL, pids)
         self.start_at = time.monotonic() + RESTART_SECONDS + lasts
 
-    def kill_one(self, random: Random) -> None:
-        """kill -9 of one rank. Where there is only one, of the process of its exchanges, with which the rank ends."""
-        if self.ranks == 1:
-            self.doomed = "its exchanges were killed"
-        if below := self.direct():
-            self.signal(signal.SIGKILL, [random.choice(below)])
+    def kill_one(self, random: Random) -> bool:
+        """kill -9 of one rank. Where there is only one, of the process of its exchanges, with which the rank ends. False: there
+        was none yet."""
+        ranks = self.rank_pids()
+        found = ranks if self.ranks > 1 else [pid for rank in ranks for pid in exchanges(rank)]
+        if found and self.ranks == 1:
+            self.doomed, self.end_by = "bereft of its exchanges", time.monotonic() + LEAVE_SECONDS
+        return self._kill_any(random, found)
 
-    def direct(self) -> list[int]:
-        """Its ranks where it has several, else the process of its exchanges."""
-        return [pid for pid in self.pids() if self.process is not None and parent(pid) == self.process.pid]
+    def kill_helper(self, random: Random) -> bool:
+        """kill -9 of a process that uploads checkpoints: its rank goes on. False: there was none at that moment."""
+        return self._kill_any(random, [pid for rank in self.rank_pids() for pid in uploaders(rank)])
+
+    def _kill_any(self, random: Random, pids: Sequence[int]) -> bool:
+        if pids:
+            self.signal(signal.SIGKILL, [random.choice(pids)])
+        return bool(pids)
+
+    def rank_pids(self) -> list[int]:
+        """Its ranks: what torchrun has started, or what was started itself."""
+        if self.process is None or self.ranks == 1:
+            return self.pids()[:1]
+        return [pid for pid in self.pids() if parent(pid) == self.process.pid]
 
     def leave(self, lasts: float, renamed: bool = False) -> None:
         """SIGTERM, to the ranks themselves. `lasts` seconds later it comes back, renamed: as another region."""
         assert self.process is not None
         if renamed:
             self.next_name = f"{self.place}{self.starts + 1}"
-        self.doomed, self.leave_by = "asked to leave", time.monotonic() + LEAVE_SECONDS
-        ranks = self.direct() if self.ranks > 1 else []
-        self.signal(signal.SIGTERM, ranks or [self.process.pid])
+        self.doomed, self.end_by = LEAVING, time.monotonic() + LEAVE_SECONDS
+        self.signal(signal.SIGTERM, self.rank_pids() or [self.process.pid])
         self.start_at = time.monotonic() + lasts
 
     def tail(self) -> str:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from random import Random
 
 KILL, RANK, LEAVE, LIGHTHOUSE = "kill", "rank", "leave", "lighthouse"
-FREEZE, PARTITION, CUT, SLOW = "freeze", "partition", "cut", "slow"
+HELPER, FREEZE, PARTITION, CUT, SLOW = "helper", "freeze", "partition", "cut", "slow"
+"""RANK: a rank ends, or the process of its exchanges and with it the rank. HELPER: the process that uploads its checkpoints,
+which it survives."""
 RESTARTS = (KILL, RANK, LEAVE, LIGHTHOUSE)
+OF_PROCESSES = (KILL, RANK, LEAVE, HELPER, FREEZE)
 LINKS = (PARTITION, CUT, SLOW)
-DECK = [KILL] * 2 + [RANK, LEAVE, LIGHTHOUSE] + [FREEZE] * 7 + [PARTITION] * 3 + [CUT] * 4 + [SLOW] * 3
+DECK = [KILL] * 2 + [RANK, LEAVE, LIGHTHOUSE, HELPER] + [FREEZE] * 7 + [PARTITION] * 3 + [CUT] * 4 + [SLOW] * 3
 
 NOW, EXCHANGE, HELD, COMMIT, FETCH = "now", "exchange", "held", "commit", "fetch"
 MOMENTS = (NOW, EXCHANGE, HELD, COMMIT)
@@ -130,7 +133,7 @@ class _Dealer:
         if kind == SLOW:
             return Fault(now, kind, (place,), moment, random.uniform(4.0, 12.0))
         renamed = kind == LEAVE and sum(fault.kind == LEAVE for fault in self.faults) % 2 == 0  # every second time
-        return Fault(now, kind, (place,), moment, 0.0 if kind == RANK else random.uniform(0.5, 4.0), renamed)
+        return Fault(now, kind, (place,), moment, 0.0 if kind in (RANK, HELPER) else random.uniform(0.5, 4.0), renamed)
 
     def _chase(self, first: Fault) -> None:
         """While who comes back fetches: it is killed or frozen, or another one that it fetches from, or its link."""

@@ -136,6 +136,24 @@ def parent(pid: int) -> int:
     return 0
 
 
+def command(pid: int) -> bytes:
+    """What a process runs, its arguments apart by zeros; empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def exchanges(rank: int) -> list[int]:
+    """The process of a rank's exchanges: a copy of it, unlike the others that it has started. Empty if it has none yet."""
+    mine = command(rank)
+    return [pid for pid in children(rank) if mine and parent(pid) == rank and command(pid) == mine]
+
+
+def uploaders(rank: int) -> list[int]:
+    """The process that uploads a rank's checkpoints. The rank survives its end."""
+    return [pid for pid in children(rank) if parent(pid) == rank and b"\0ckpt.uploader\0" in command(pid)]
+
+
 class Cluster:
     """Regions of one run in a directory, with a lighthouse port of their own."""
 

@@ -10,22 +10,26 @@ import pytest
 
 from elastic.handshake import dial
 from elastic.security import Security
-from tests.attackers import Address, Papers, idle, meanwhile, said, said_over_tls
-from tests.e2e.cluster import Cluster, RegionProcess
+from tests.attackers import Address, Papers, address, idle, meanwhile, said, said_over_tls
+from tests.e2e.cluster import Cluster, RegionProcess, exchanges
 from tests.test_attacks import HELLO, KILL, LENGTHS, LIGHT
 
 ROUNDS = 4
 """Without attackers, and with."""
 
 
-def memory(region: RegionProcess) -> tuple[int, int]:
+def memory(pid: int) -> tuple[int, int]:
     """Bytes in use and threads."""
-    status = dict(
-        line.split(":", 1)
-        for line in Path(f"/proc/{region.process.pid}/status").read_text().splitlines()
-        if ":" in line
-    )
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     return int(status["VmRSS"].split()[0]) << 10, int(status["Threads"])
+
+
+def memories(regions: list[RegionProcess]) -> list[tuple[int, int]]:
+    """The same of every process that listens: a region's rank, and that of its exchanges."""
+    ranks = [region.process.pid for region in regions]
+    listening = [pid for rank in ranks for pid in (rank, *exchanges(rank))]
+    assert len(listening) == 2 * len(regions)
+    return [memory(pid) for pid in listening]
 
 
 def seconds(cluster: Cluster, rounds: int) -> float:
@@ -44,11 +48,13 @@ def test_two_regions_commit_on_time_while_attacked(cluster: Cluster, tmp_path: P
     common = (proof, "outer.sync_every=10", "run.rounds=100000", "ckpt.every=1000")
     regions = [cluster.start(n, "elastic.start_regions=2", "elastic.min_regions=2", *common) for n in ("eu", "us")]
     cluster.until(lambda: cluster.rounds() >= 2)
-    before, quiet = [memory(region) for region in regions], seconds(cluster, ROUNDS)
+    before, quiet = memories(regions), seconds(cluster, ROUNDS)
     state = cluster.state()
     assert state is not None
-    ports: list[Address] = [("127.0.0.1", int(m.endpoints[0].rsplit(":", 1)[1])) for m in state.members.values()]
+    ports: list[Address] = [address(one) for m in state.members.values() for one in (*m.endpoints, *m.data)]
+    assert len(ports) == 4, "a rank's, and that of its exchanges"
     ports.append(("127.0.0.1", cluster.port))
+    done: set[tuple[str, Address]] = set()
 
     def strangers() -> None:
         for port in ports:
@@ -60,15 +66,18 @@ def test_two_regions_commit_on_time_while_attacked(cluster: Cluster, tmp_path: P
                 hello = {"type": "hello", "purpose": "lighthouse", "member": "us_2"}
                 dial(f"127.0.0.1:{port[1]}", hello, Security(secret_from=f"{tmp_path}/guessed"), 10)
                 raise AssertionError("a guessed secret was accepted")
+            done.add(("strangers", port))
 
     def flood() -> None:
         for port in ports:
             with idle(port, 2000, "127.0.0.2"):
                 time.sleep(0.5)  # they stay a while, as idle ones do
+            done.add(("flood", port))
 
     with meanwhile(strangers, flood):
         attacked = seconds(cluster, ROUNDS)
-        after = [memory(region) for region in regions]
+        cluster.until(lambda: len(done) == 2 * len(ports), 120)
+        after = memories(regions)
     seconds(cluster, 1)
     for (was, threads), (now, more) in zip(before, after, strict=True):
         assert now - was < 64 << 20 and more - threads < 20, (before, after)

@@ -1,4 +1,5 @@
-"""Regions that cannot be dialled directly: one behind a gateway's single port, one that can only dial out."""
+"""Regions that cannot be dialled directly: one behind a gateway's single port, one that can only dial out; and regions whose
+lighthouses are two."""
 
 from __future__ import annotations
 
@@ -37,3 +38,14 @@ def test_a_gateway_that_is_not_there_is_one_sentence(cluster: Cluster) -> None:
     region = cluster.start("eu", f"elastic.gateway=127.0.0.1:{free_port()}")
     assert region.wait() == 2
     assert "elastic.gateway=" in region.text() and "Traceback" not in region.text()
+
+
+def test_regions_at_two_lighthouses_train_together(cluster: Cluster) -> None:
+    """Each asks one of its own: they know each other from the journal."""
+    common = ["outer.sync_every=4", "run.rounds=3", "elastic.start_regions=2", "elastic.min_regions=2"]
+    cluster.start("eu", *common)
+    cluster.start("us", *common, f"elastic.lighthouse=http://127.0.0.1:{free_port()}")
+    cluster.finish()
+    assert all("lighthouse: none answered, started one" in region.text() for region in cluster.regions)
+    rounds = [[record["digest"] for record in cluster.records(name, "round")] for name in ("eu", "us")]
+    assert len(rounds[0]) == 3 and rounds[0] == rounds[1]
