@@ -33,7 +33,7 @@ from diloco.trainer import Links, Trainer
 from elastic import probing, recovery
 from elastic.addresses import own_host
 from elastic.coordinator import Coordinator
-from elastic.lighthouse import LighthouseError, Membership, find_or_serve, reach
+from elastic.lighthouse import AwayError, LighthouseError, Membership, find_or_serve, reach
 from elastic.memory import Pipe
 from elastic.node import Identity, Node
 from elastic.process import Exchange
@@ -70,15 +70,18 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
 
 def _look(cfg: Config, journal: Journal, stack: ExitStack) -> None:
     """What is there already."""
-    _lighthouse(cfg, stack)
     _read_first(journal, cfg)
+    _lighthouse(cfg, journal.state, stack)
 
 
-def _lighthouse(cfg: Config, stack: ExitStack) -> None:
+def _lighthouse(cfg: Config, state: State | None, stack: ExitStack) -> None:
+    """A run that has members can be joined without one: the journal says where they are."""
     try:
         server = find_or_serve(cfg.elastic.lighthouse, security=build_security(cfg), region=cfg.region.name)
     except LighthouseError as error:
-        raise ConfigError(str(error)) from error
+        if not isinstance(error, AwayError) or state is None or not state.members:
+            raise ConfigError(str(error)) from error
+        return print(f"warning: {error}; meanwhile the members that the journal names are looked for", flush=True)
     if server is not None:
         print(f"lighthouse: none answered, started one at {cfg.elastic.lighthouse}", flush=True)
         stack.callback(server.shutdown)

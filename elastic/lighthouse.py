@@ -131,6 +131,10 @@ class LighthouseError(RuntimeError):
     """The lighthouse cannot be reached or started; one sentence."""
 
 
+class AwayError(LighthouseError):
+    """Nothing answers there."""
+
+
 def find_or_serve(address: str, wait: float = 5.0, security: Security = OPEN, region: str = "") -> Lighthouse | None:
     """Makes sure that a lighthouse answers at `address`, starting one if the host is this machine's loopback. Returns
     the lighthouse if this call started it. Raises LighthouseError."""
@@ -156,7 +160,7 @@ def find_or_serve(address: str, wait: float = 5.0, security: Security = OPEN, re
                         f"elastic.lighthouse={address} cannot be used: {what}; name another port"
                     ) from None
             if not is_local(host) and time.monotonic() > deadline:
-                raise LighthouseError(
+                raise AwayError(
                     f"elastic.lighthouse={address} does not answer: start one there with "
                     f"`python -m elastic.lighthouse --bind {host}:{port}`, or name the address of the one that runs"
                 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess, children, parent
+from tests.e2e.cluster import SLOW_STEPS, Cluster, RegionProcess, children, kill, parent
 
 BASE = ["outer.sync_every=8", "run.rounds=10", "inner.schedule=wsd"]
 TWO = [*BASE, "elastic.start_regions=2"]
@@ -103,8 +103,9 @@ def test_one_region_resumes_its_own_run(cluster: Cluster) -> None:
 
 
 def test_torchrun_brings_a_region_back_whose_rank_was_killed(cluster: Cluster) -> None:
-    """Twice, either rank: every start's ranks find each other, not those of the start before."""
-    region = cluster.start("eu", *BASE, "run.rounds=1000000", nproc=2, env={"PET_MAX_RESTARTS": "10"})
+    """Twice, either rank: every start's ranks find each other, not those of the start before, and the memory of these."""
+    endless = [*BASE, "run.rounds=1000000", "ckpt.linger=60"]
+    region = cluster.start("eu", *endless, nproc=2, env={"PET_MAX_RESTARTS": "10"})
     for starts in range(1, 3):
         cluster.until(lambda n=starts: len(cluster.records("eu", "run")) == n)
         seen = cluster.rounds()
@@ -114,3 +115,25 @@ def test_torchrun_brings_a_region_back_whose_rank_was_killed(cluster: Cluster) -
     cluster.until(lambda: len(cluster.records("eu", "run")) == 3)
     rounds = cluster.rounds()
     cluster.until(lambda: cluster.rounds() > rounds)
+    assert region.text().count("from this machine's memory, inner state of entry") >= 2, region.text()
+
+
+def test_a_region_comes_back_while_the_lighthouse_is_gone(cluster: Cluster) -> None:
+    """Its address is of a network that is nowhere (RFC 5737): the journal says where the others are."""
+    endless, env = [*TWO, "run.rounds=1000000"], {"DILOCO_SECRET": "of this run, and long enough for it"}
+    eu, us = [cluster.start(name, *endless, env=env) for name in ("eu", "us")]
+    cluster.until(lambda: cluster.rounds() >= 2)
+    kill(us)
+    cluster.regions.remove(us)
+    again = cluster.start("us", *endless, "elastic.lighthouse=http://192.0.2.1:1", "elastic.host=127.0.0.1", env=env)
+    cluster.until(lambda: len(cluster.records("us", "run")) == 2)
+    first = cluster.rounds()
+
+    def together() -> bool:
+        return any(r["round"] > first and len(r["members"]) == 2 for r in cluster.records("us", "round"))
+
+    cluster.until(together)
+    assert "warning: elastic.lighthouse=http://192.0.2.1:1 does not answer" in again.text()
+    for region in (eu, again):
+        region.signal(signal.SIGINT)
+    cluster.finish()
