@@ -114,9 +114,9 @@ def _ask(address: str, held: Sequence[Held]) -> Survivor | None:
         if what["held"] != [vars(each) for each in held]:
             return None  # of another mesh or model: whoever comes next may want it
         arena = Arena(descriptors[0], writable=not what["busy"])
-        if digests(arena.bytes, held) == what["digests"]:
-            peer.sendall(b"1")
-            return Survivor(what, arena)
+        whole = digests(arena.bytes, held) == what["digests"]
+        peer.sendall(b"1")  # it is of no use to anybody else
+        return Survivor(what, arena) if whole else None
     return None
 
 

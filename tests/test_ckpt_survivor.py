@@ -112,6 +112,7 @@ def test_a_rank_that_died_while_it_copied_has_left_nothing(start: Start, name: s
     one = start(then="tear")
     one.kill()
     assert find(name, HELD) is None
+    until(one.gone)
 
 
 def test_who_left_on_purpose_has_left_nothing(start: Start, name: str) -> None:
