@@ -29,6 +29,8 @@ PLANNED = 256
 """Steps that are planned at once."""
 THREADS = 4
 """That fetch what is streamed, 16 MiB at once."""
+LOOKS = 2
+"""Times that the readahead hears what comes next, while as much is read as it may be ahead."""
 RESTARTS = 3
 PREFETCH = 4
 """Steps that each worker has ready or works at."""
@@ -50,6 +52,8 @@ class Loader:
         self._batches: Iterator[Any] | None = None
         """Those of the plan; None: not begun."""
         self._ahead = Readahead(samples, samples.readahead) if samples.readahead else None
+        self._unlooked = 0
+        """Samples of the region's steps since it was told to the readahead what comes next."""
         if workers:
             self._begin()  # they take seconds to start, which no step is to wait for
 
@@ -64,12 +68,17 @@ class Loader:
             self._plan, self._batches = deque([wanted, *self._upcoming(reader, PLANNED)]), None
         tokens = self._read()
         self._plan.popleft()
+        if self._ahead is not None:
+            self._unlooked += self._batch
+            if self._unlooked >= self._ahead.depth // LOOKS:
+                self.granted(reader)
         self.waited += time.monotonic() - begin
         return tokens
 
     def granted(self, reader: Reader) -> None:
-        """The leases are others: what they hold is fetched ahead."""
+        """The leases are others, or some of them are used up: what they hold next is fetched ahead."""
         if self._ahead is not None:
+            self._unlooked = 0
             self._ahead.follow(
                 [i for batch in self._upcoming(reader, self._ahead.depth // self._batch + 1) for i in batch]
             )

@@ -149,3 +149,33 @@ def test_what_comes_next_is_fetched_in_order(monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(0.001)
         assert samples.fetched == expected
     ahead.close()
+
+
+class Streamed:
+    """Samples that come from elsewhere, of which 16 may be ahead."""
+
+    readahead = 16
+
+    def __init__(self) -> None:
+        self.data, self.fetched = dataset(), Recording()
+        self.fetches = self.fetched.fetches
+
+    def batch(self, indices: list[int]) -> torch.Tensor:
+        return self.data.batch(indices)
+
+
+def test_a_lease_is_fetched_ahead_to_its_end_however_long_it_is() -> None:
+    """Nobody grants anything meanwhile."""
+    samples = Streamed()
+    loader, leases = Loader(samples, 0, BATCH, 0, 1), reader((0, 200))  # type: ignore[arg-type]
+    loader.granted(leases)
+    for read in range(BATCH, 200, BATCH):
+        loader.next(leases)
+        deadline = time.monotonic() + 20
+        while max(samples.fetched.fetched, default=0) < min(read + 8, 200) - 1:
+            assert time.monotonic() < deadline, (
+                f"{read} are read, and no more than {max(samples.fetched.fetched)} fetched"
+            )
+            time.sleep(0.001)
+        assert max(samples.fetched.fetched) < read + 16 + BATCH
+    loader.close()

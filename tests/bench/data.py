@@ -155,9 +155,9 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
             with ThreadPoolExecutor(4) as pool:
                 list(pool.map(partial(to_file, store, cache), keys))
 
-        def epoch() -> None:
-            samples = build_samples(prepared(url, cache), SHAPE["seq_len"], 0)
-            read_all(samples)
+        def epoch(groups: int = 0) -> None:
+            shuffle = SHARDS * SHARD_TOKENS // groups if groups else DataConfig.shuffle
+            read_all(build_samples(prepared(url, cache, shuffle), SHAPE["seq_len"], 0))
 
         def fetch() -> None:
             samples = build_samples(prepared(url, cache), SHAPE["seq_len"], 0)
@@ -169,7 +169,8 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
             shutil.rmtree(cache, ignore_errors=True)
             cache.mkdir()
 
-        alone, stored, fetched, whole = alternating(repeat, raw, download, fetch, epoch, before=empty)
+        in_four = partial(epoch, 4)
+        alone, stored, fetched, whole, four = alternating(repeat, raw, download, fetch, epoch, in_four, before=empty)
         cold = [first_batch(url, directory / f"cold-{k}") for k in range(repeat)]
     finally:
         server.kill()
@@ -180,6 +181,7 @@ def stream(directory: Path, repeat: int) -> Iterator[Row]:
     yield Row(f"an epoch of samples of {SHAPE['seq_len']} tokens, empty cache", 1e-6 * size / median(whole), "MB/s")
     yield at_least("streaming ÷ raw download to memory", 100 * median(alone) / median(whole), "%", 70)
     yield Row("streaming ÷ raw download to files", 100 * median(stored) / median(whole), "%")
+    yield Row("an epoch of four groups of the order, read while fetched", 1e-6 * size / median(four), "MB/s")
     yield Row("the first 8 samples, empty cache", 1e3 * median(taken for taken, _ in cold), "ms")
     yield at_most("bytes fetched for them ÷ a shard's", SHARDS * median(held for _, held in cold) / size, "x", 1)
 
@@ -220,8 +222,8 @@ def index(directory: Path, repeat: int) -> Iterator[Row]:
     yield at_most("memory of that", 1e-6 * median(int(run[1]) for run in runs), "MB", 50)
 
 
-def prepared(place: Path | str, cache: Path | None = None) -> DataConfig:
-    return DataConfig("diloco.corpus.source.prepared", str(place), holdout=0.0, cache=str(cache))
+def prepared(place: Path | str, cache: Path | None = None, shuffle: int = DataConfig.shuffle) -> DataConfig:
+    return DataConfig("diloco.corpus.source.prepared", str(place), holdout=0.0, cache=str(cache), shuffle=shuffle)
 
 
 def lease(samples: int) -> LeaseReader:
