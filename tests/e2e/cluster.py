@@ -100,7 +100,7 @@ def kill(*regions: RegionProcess, spare: str = "") -> None:
     those stay that have this in their command line."""
     send(signal.SIGSTOP, *regions)
     found = pids(*regions)
-    spared = [pid for pid in found if spare and spare in command(pid)]
+    spared = [pid for pid in found if spare and spare.encode() in command(pid)]
     signal_all(signal.SIGKILL, [pid for pid in found if pid not in spared])
     signal_all(signal.SIGCONT, spared)
     for region in regions:
@@ -120,13 +120,6 @@ def children(pid: int) -> list[int]:
         found += below
         todo += below
     return found
-
-
-def command(pid: int) -> str:
-    """Empty if it has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
 
 
 def parent(pid: int) -> int:

@@ -14,7 +14,7 @@ BASE = ["outer.sync_every=8", "run.rounds=1000000"]
 
 
 def uploaders(region: RegionProcess) -> list[int]:
-    return [pid for pid in children(region.process.pid) if "ckpt.uploader" in command(pid)]
+    return [pid for pid in children(region.process.pid) if b"ckpt.uploader" in command(pid)]
 
 
 def saved(cluster: Cluster, region: str = "eu") -> list[int]:
