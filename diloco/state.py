@@ -17,7 +17,7 @@ from diloco import norms
 from diloco.ledger import Lease, Ledger
 from diloco.settings import Settings
 
-PROTOCOL = 6
+PROTOCOL = 7
 Entry = Mapping[str, Any]
 
 
