@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from contextlib import suppress
 
 
 class Arena:
     """An anonymous file of fixed size, mapped. A process that has its descriptor keeps the contents, whoever else dies."""
 
     def __init__(self, descriptor: int, writable: bool) -> None:
-        """Maps all of it, page by page: else the first copy into it would take twice as long as the later ones."""
+        """Takes the descriptor over. Maps all of it, page by page: else the first copy into it would take twice as long as the
+        later ones."""
         self.descriptor, self.size = descriptor, os.fstat(descriptor).st_size
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         populate = mmap.MAP_POPULATE if writable else 0
@@ -29,6 +31,10 @@ class Arena:
     def attach(cls, descriptor: int) -> Arena:
         """One that another process has made; read only."""
         return cls(descriptor, writable=False)
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            os.close(self.descriptor)  # what is mapped stays so while somebody has its bytes
 
     @property
     def bytes(self) -> memoryview:

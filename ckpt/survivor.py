@@ -67,6 +67,7 @@ class Keeper(threading.Thread):
                 peer.settimeout(PATIENCE)
                 if os.getppid() != self._rank and _user(peer) == os.getuid():
                     self._give(peer)
+        self._socket.close()  # the next successor need not wait for an answer, while this one's upload goes on
 
     def _give(self, peer: socket.socket) -> None:
         assert self._held is not None
@@ -80,10 +81,15 @@ class Keeper(threading.Thread):
 
 @dataclass
 class Survivor:
-    """arena: whose contents are those of `what`, every byte checked; only to be read if it is busy."""
+    """arena: whose contents are those of `what`, every byte checked."""
 
     what: dict[str, Any]
     arena: Arena
+
+    @property
+    def memory(self) -> Arena | None:
+        """To save into; None while the dead rank's uploader still reads it."""
+        return None if self.what["busy"] else self.arena
 
 
 def find(name: str, held: Sequence[Held]) -> Survivor | None:
@@ -109,11 +115,11 @@ def _ask(address: str, held: Sequence[Held]) -> Survivor | None:
         head, descriptors, _, _ = socket.recv_fds(peer, _LENGTH.size, 1, socket.MSG_CMSG_CLOEXEC)
         if not descriptors:
             return None  # its rank is alive
+        arena = Arena(descriptors[0], writable=True)
         (length,) = _LENGTH.unpack(head)
         what = json.loads(_exactly(peer, length))
         if what["held"] != [vars(each) for each in held]:
             return None  # of another mesh or model: whoever comes next may want it
-        arena = Arena(descriptors[0], writable=not what["busy"])
         whole = digests(arena.bytes, held) == what["digests"]
         peer.sendall(b"1")  # it is of no use to anybody else
         return Survivor(what, arena) if whole else None

@@ -167,8 +167,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError):
         os.nice(NICE)  # training comes first
-    descriptor, store = int(arguments[0]), Store(arguments[1])
-    arena, keeper = Arena.attach(descriptor).bytes, Keeper(descriptor)
+    arena, store = Arena.attach(int(arguments[0])), Store(arguments[1])
+    keeper = Keeper(arena.descriptor)
     alive, linger = True, 0.0
     for line in sys.stdin:
         if not line.endswith("\n"):
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
         if job == DISMISSED:
             return 0
         linger = job.get("keep", {}).get("linger", 0.0)
-        for answer in run(store, arena, job, keeper):
+        for answer in run(store, arena.bytes, job, keeper):
             try:
                 if alive:
                     print(json.dumps(answer), flush=True)

@@ -98,7 +98,7 @@ class RunLedger:
         """The next round is to have elastic.start_regions: the first of all, and for a while the first since this start, when
         all may be starting again. One that is lost for good must not be waited for."""
         patient = self.state.rounds == self._rounds_at_start and time.monotonic() < self._patient_until
-        return self.state.rounds == 0 or patient
+        return (self.state.rounds == 0 and self.state.epoch == 0) or patient
 
     def closing(self) -> dict[str, Any] | None:
         reason = self.state.finished

@@ -322,7 +322,13 @@ def _lost(member: str) -> NoReturn:
 
 
 def _host(cfg: Config) -> str:
-    return own_host(cfg.elastic.host, cfg.elastic.lighthouse)
+    try:
+        return own_host(cfg.elastic.host, cfg.elastic.lighthouse)
+    except OSError as error:
+        raise ConfigError(
+            f"elastic.lighthouse={cfg.elastic.lighthouse} does not tell under which address others reach this machine ({error}): "
+            "set elastic.host to that"
+        ) from error
 
 
 def _published(trainer: Trainer) -> str:

@@ -43,7 +43,7 @@ def save(trainer: Trainer, among: Among, wait: bool = False) -> None:
         "at_theta": sorted(trainer.at_theta),
         "adam": trainer.inner.updates,
     }
-    saver.save(state, among if member else Among(()), progress, trainer.stored)
+    saver.save(state, among if member else Among(()), progress, trainer.stored, proven=not trainer.unproven)
 
 
 def finish(trainer: Trainer) -> None:
@@ -81,6 +81,12 @@ def _stored(trainer: Trainer, answer: dict[str, Any]) -> None:
         numbers = {key: answer[key] for key in ("mine", "bytes", "seconds", "took")}
         numbers["blocked"] = trainer.links.saver.blocked  # the next save is not before this is heard of
         trainer.report.saved(answer["prefix"], origin(answer["prefix"]), **numbers)
+
+
+def disown(trainer: Trainer) -> None:
+    """This rank ends for a reason that may be in its state: whoever comes in its place is to fetch one."""
+    if (links := getattr(trainer, "links", None)) is not None:  # not there before it is connected
+        links.saver.disown()
 
 
 def keep(trainer: Trainer, order: Order) -> None:

@@ -94,14 +94,20 @@ def _say(line: str) -> None:
 
 
 def depart(trainer: Trainer) -> None:
-    """Says goodbye to the peers, and to the journal unless the run has stopped: nobody waits for what this region has still to
-    upload. A second time changes nothing."""
+    """Says goodbye to the peers: nobody waits for what this region has still to upload. A second time changes nothing."""
     links = getattr(trainer, "links", None)  # not there before it is connected
+    if links is not None and links.membership is not None:
+        assert links.coordinator is not None  # it comes before it
+        links.membership.close()
+        links.coordinator.close()
+
+
+def leave(trainer: Trainer) -> None:
+    """Says so in the journal, unless the run has stopped, or it has been said."""
+    links = getattr(trainer, "links", None)
     if links is None or links.membership is None:
         return
-    assert links.coordinator is not None and links.journal is not None  # they come before it
-    links.membership.close()
-    links.coordinator.close()
+    assert links.journal is not None
     try:
         journal = Journal(links.store)  # of its own: the coordinator's thread may still be waiting for the store
         journal.state = links.journal.state

@@ -24,8 +24,8 @@ from diloco.trainer import Trainer
 from elastic.node import Node
 from elastic.recovery import Donor
 
-REPLAYED = 8
-"""Rounds whose bits are about as many bytes as a member's planes: what is older than that is fetched from one."""
+REPLAYED = 2
+"""Rounds of each fragment whose bits members have: what is older than that is fetched from them."""
 FETCHES = 5
 """So often members are asked in vain while the journal rests; then the store is. Two that disagree may do so for ever."""
 
@@ -41,6 +41,7 @@ def restore(trainer: Trainer, journal: Journal, entries: list[bytes]) -> None:
 def _restore(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool) -> bool:
     """One attempt; ask: members, if any are alive. Collective. False: look again."""
     region, links = trainer.region, trainer.links
+    trainer.behind = False  # an attempt before may have said so
     choice = on_rank_0(region, lambda: _choose(trainer, journal, entries, ask))
     if choice["entries"]:
         for entry in choice["entries"]:
@@ -57,7 +58,8 @@ def _restore(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool
         except DamagedError:
             return False  # the one before is next
         if not _replay(trainer, rounds_after(entries, manifest["seq"])):
-            links.saver.forget()  # what it needs is not to be had: somebody has all of it
+            if manifest["prefix"] == HERE:
+                links.saver.found = {**manifest, "common": False}  # what it needs is not to be had
             return False
     trainer.adopt()
     own = _restore_own(trainer, choice["own"], entries)
@@ -124,7 +126,8 @@ def _here(trainer: Trainer, own: dict[str, Any] | None, entries: list[bytes], do
     """This machine's θ and momentum, unless it has none or fetching newer ones costs less."""
     if own is None or own["prefix"] != HERE or not own["common"]:
         return None
-    return own if not donors or len(rounds_after(entries, own["seq"])) <= REPLAYED else None
+    few = REPLAYED * len(trainer.fragments)
+    return own if not donors or len(rounds_after(entries, own["seq"])) <= few else None
 
 
 def _choose(trainer: Trainer, journal: Journal, entries: list[bytes], ask: bool) -> dict[str, Any]:

@@ -59,15 +59,25 @@ class Saver:
         names = [*selections(inner), *([RESIDUAL] if planes.residual else [])]
         self.common, size = self._layout(planes.names, 0)
         self.own, size = self._layout(names, size)
-        survivor = find(self._place, [*self.common, *self.own]) if self.cfg.linger else None
+        self._guard = Held("guard", 0, 0, 1, 1, size)
+        """One element more: 0, or the rank has disowned the rest."""
+        survivor = self._survivor() if self.cfg.linger else None
         self.found = self._agreed(survivor)
         """What a rank of this one's place had saved when it died, if that is still on this machine, on all ranks."""
         self._left = _memory(survivor.arena) if survivor else torch.empty(0)
-        arena = survivor.arena if survivor and not survivor.what["busy"] else _arena(size, name)
+        arena = (survivor and survivor.memory) or _arena(size + ITEM, name)
         if checkpoints.region.device.type == "cuda":
             arena.pin()
         self._memory = _memory(arena)
         self.uploads = Uploads(arena, checkpoints.store.url)
+
+    def _survivor(self) -> Survivor | None:
+        found = find(self._place, self._kept)
+        return None if found is None or _part(_memory(found.arena), self._guard).any() else found
+
+    @property
+    def _kept(self) -> list[Held]:
+        return [*self.common, *self.own, self._guard]
 
     @property
     def _place(self) -> str:
@@ -120,14 +130,18 @@ class Saver:
             progress()
             time.sleep(0.1)
 
-    def save(self, state: State, among: Among, progress: dict[str, Any], stored: dict[int, str]) -> None:
+    def save(
+        self, state: State, among: Among, progress: dict[str, Any], stored: dict[int, str], proven: bool = True
+    ) -> None:
         """The state after entry `state.seq`, and the region's own planes with `progress` (JSON), as they are now. stored: seq
-        -> attempt of the rounds whose bits may be in the store. The arena must be free."""
+        -> attempt of the rounds whose bits may be in the store. proven: the journal has confirmed θ and momentum. The arena
+        must be free."""
         began, attempts = time.monotonic(), []
         if (place := among.place(self.member)) >= 0:
             self._copy_common()
             attempts.append(self._attempt_common(state, among, place))
         self._copy_own()
+        _part(self._memory, self._guard).zero_()
         attempts.append(self._attempt_own(state, progress))
         now = time.monotonic()
         job = {
@@ -137,7 +151,7 @@ class Saver:
             "attempts": [attempt.message() for attempt in attempts],
             "rules": self._rules(),
             "bits": self._bits(stored),
-            **self._keep(state, progress, place >= 0),
+            **self._keep(state, progress, place >= 0 and proven),
         }
         self.uploads.submit(job)
         self.blocked = now - began
@@ -220,7 +234,7 @@ class Saver:
             return {}
         what = {"seq": state.seq, "hash": state.hash, "progress": progress, "common": common}
         what["bases"] = [fragment.base for fragment in state.fragments]
-        what["held"] = [vars(held) for held in (*self.common, *self.own)]
+        what["held"] = [vars(held) for held in self._kept]
         return {"keep": {"name": self._place, "linger": self.cfg.linger, "what": what}}
 
     def answers(self) -> list[dict[str, Any]]:
@@ -229,6 +243,10 @@ class Saver:
 
     def is_common(self, answer: dict[str, Any]) -> bool:
         return str(answer.get("prefix", "")).startswith(f"{self.checkpoints.root}/")
+
+    def disown(self) -> None:
+        """Whoever comes in this rank's place is to fetch its state: this one ends for a reason that may be in it."""
+        _part(self._memory, self._guard).fill_(1)
 
     def dismiss(self) -> None:
         """The region leaves: what its arenas hold is in the store, and nobody comes in their ranks' place."""

@@ -29,11 +29,11 @@ SPEAKER_SECONDS = 10.0
 def run(cfg: Config) -> int:
     """Trains. Returns the exit code: 0 if the run stopped or this region left on purpose."""
     _hush()
-    from diloco import exchanging
+    from diloco import exchanging, leaving
     from diloco.control import Order
     from diloco.fold import JournalError
     from diloco.joining import join
-    from diloco.keeping import keep
+    from diloco.keeping import disown, keep
     from diloco.leaving import Signals, depart, farewell
     from diloco.parallel import open_region
     from diloco.trainer import Trainer
@@ -52,12 +52,19 @@ def run(cfg: Config) -> int:
             signals.joined()
             order = trainer.train()
             depart(trainer)
+            if (
+                cfg.ckpt.durable
+            ):  # else it is here only that others find the bits of its last rounds, until they are stored
+                leaving.leave(trainer)
             keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
             if region.rank != 0:  # of rank 0's, `farewell` speaks
                 print(f"{cfg.region.name}, rank {region.rank}: {error}", flush=True)
             depart(trainer)
+        if not order.clean:
+            disown(trainer)
+        leaving.leave(trainer)
         farewell(trainer, order)
         return 0 if order.clean else 1
     return 0

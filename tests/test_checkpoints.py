@@ -14,7 +14,8 @@ from ckpt import pieces
 from ckpt.checkpoint import DamagedError, load_manifest
 from ckpt.reading import read_range
 from ckpt.store import Store, StoreError
-from diloco import checkpoints
+from ckpt.survivor import Survivor
+from diloco import checkpoints, saving
 from diloco.checkpointing import CkptConfig
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import ModelConfig
@@ -127,6 +128,42 @@ def test_residuals_come_back_with_the_local_parameters(tmp_path: Path, there: in
         assert not residual.any() or torch.equal(residual, saved.planes.residual[f])  # type: ignore[index]
     assert torch.equal(loaded.shards.read(0), saved.shards.read(0)) == bool(exact)
     assert loaded.inner.updates == 3
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_rank_takes_the_memory_of_the_one_before_unless_that_disowned_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    store, state = Store(str(tmp_path)), Log(opening(fragments=2)).state
+    saved, loaded, jobs = OneRank(store, True), OneRank(store, True), list[dict[str, Any]]()
+    for planes in (saved.planes.theta, saved.planes.momentum, saved.planes.residual or []):
+        for plane in planes:
+            plane.copy_(torch.randn(plane.numel()))
+    before = Saver(saved.points, saved.planes, saved.inner, "eu_1", "eu")
+    monkeypatch.setattr(before.uploads, "submit", jobs.append)
+    before.save(state, Among(("eu_1",)), {"adam": 3}, {})
+    survivor = Survivor({**jobs[0]["keep"]["what"], "busy": False}, before.uploads.arena)
+    monkeypatch.setattr(saving, "find", lambda name, held: survivor)
+
+    after = Saver(loaded.points, loaded.planes, loaded.inner, "eu_2", "eu")
+    found = after.found
+    assert found is not None and found["common"] and after.uploads.arena is survivor.arena
+    after.load(found, loaded.planes)
+    after.load_own(found, loaded.inner, loaded.planes, moments_only=not exact)
+    for f, theta in enumerate(loaded.planes.theta):
+        assert torch.equal(theta, saved.planes.theta[f])
+        assert torch.equal(loaded.shards.read(f), saved.shards.read(f)) == exact
+        assert torch.equal(loaded.planes.residual[f], saved.planes.residual[f]) == exact  # type: ignore[index]
+    assert loaded.inner.updates == 3
+
+    before.disown()
+    again = Saver(loaded.points, loaded.planes, loaded.inner, "eu_3", "eu")
+    assert again.found is None and again.uploads.arena is not survivor.arena
+    again.save(state, Among(("eu_3",)), {"adam": 3}, {}, proven=False)
+    assert again.uploads.wait(60)
+    for saver in (before, after, again):
+        saver.dismiss()
+        saver.close()
 
 
 def first_saved(store: Store) -> tuple[OneRank, OneRank, dict[str, Any]]:

@@ -93,6 +93,25 @@ def test_a_successor_gets_all_of_it_once_and_may_save_into_it(start: Start, name
     assert find(name, HELD) is None
 
 
+def test_nothing_of_what_was_not_taken_stays_here(start: Start, name: str) -> None:
+    def mine() -> list[str]:
+        return [x for fd in os.listdir("/proc/self/fd") if "ckpt-arena" in (x := link(fd))]
+
+    def link(fd: str) -> str:
+        with suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{fd}")
+        return ""
+
+    for one in [start(then="tear"), start(seq=3), start(seq=9)]:
+        one.kill()
+    before = mine()
+    assert find(name, HELD[:1]) is None and mine() == before
+    found = find(name, HELD)
+    assert found is not None and len(mine()) == len(before) + 2, "one of them is of the map"
+    del found
+    assert mine() == before
+
+
 def test_the_newest_is_taken(start: Start, name: str) -> None:
     for one in [start(seq=8), start(seq=9), start(seq=3)]:
         one.kill()

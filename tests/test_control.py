@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,6 +224,8 @@ def test_only_a_new_run_waits_for_its_regions_for_ever() -> None:
     patient = RunLedger(journal, 60.0)  # type: ignore[arg-type]
     journal.state = log.add(log.round(answer("eu_1", (0, 16))))
     assert not patient.standing().view.first, "a round has come"
+    journal.state = replace(log.state, rounds=0, epoch=1)
+    assert not first(0.0), "it was rewound"
 
 
 def test_whose_leases_expired_ends_not_as_wanted_and_is_started_again() -> None:
