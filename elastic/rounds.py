@@ -358,14 +358,16 @@ class Rounds:
                 yield from self._give_up(flight)
 
     def _give_up(self, flight: Flight) -> Iterator[Action]:
-        """Looks at the journal first; only then, after some jitter, proposes anew with the snapshot it still has."""
+        """Looks at the journal first; only then proposes anew with the snapshot it still has: soon if it is the lowest of who is
+        there, else after some jitter, lest proposals cross."""
         fragment = next(f for f, x in self.flights.items() if x is flight)
         if flight.attempt:
             yield Cancel(flight.attempt)
         flight.attempt, flight.started, flight.answers, flight.due = "", (), {}, True
         flight.given_up = True
         yield Read()
-        yield SetAlarm(Alarm("again", fragment, flight.turn), "jitter")
+        lowest = self.view is not None and self.connected()[:1] == (self.me,)
+        yield SetAlarm(Alarm("again", fragment, flight.turn), "soon" if lowest else "jitter")
 
     def _alarm(self, alarm: Alarm) -> Iterator[Action]:
         flight = self.flights.get(alarm.fragment)

@@ -13,5 +13,12 @@ class Timing:
 
     def delay(self, kind: str) -> float:
         """Seconds until an alarm of this kind."""
-        bases = {"jitter": 0.2, "patience": 2.0, "minority": self.peer_timeout + 5.0, "retry": 1.0, "resend": 5.0}
+        bases = {
+            "soon": 0.02,
+            "jitter": 0.2,
+            "retry": 1.0,
+            "patience": 2.0,
+            "resend": 5.0,
+            "minority": self.peer_timeout + 5.0,
+        }
         return bases[kind] * (1 + random.random())

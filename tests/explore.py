@@ -27,7 +27,7 @@ from tests.explore_world import State, World
 
 ORDER = ("store", "hear", "advance", "done", "fail", "poll", "boundary", "snapshot", "connect", "beat")
 """What a fair schedule does first: alarms are slow."""
-BELLS = ("jitter", "retry", "patience", "resend", "minority")
+BELLS = ("soon", "jitter", "retry", "patience", "resend", "minority")
 PATIENCE = 1000
 TOLD = 25
 NONE = (0,) * len(KINDS)

@@ -23,7 +23,7 @@ FAULTS = 5.0
 """Simulated seconds in which things break."""
 PATIENCE = 60.0
 """Simulated seconds afterwards in which every member must have contributed to every fragment."""
-DELAYS = {"jitter": 0.2, "patience": 2.0, "minority": 2.0, "retry": 1.0, "resend": 2.0}
+DELAYS = {"soon": 0.02, "jitter": 0.2, "patience": 2.0, "minority": 2.0, "retry": 1.0, "resend": 2.0}
 NAMES = "abcdefgh"
 
 

@@ -126,7 +126,7 @@ def test_a_void_attempt_is_given_up_and_proposed_again_with_the_same_snapshot() 
     (attempt,) = [action.attempt for action in started if isinstance(action, Exchange)]
     assert not [a for a in machine.handle(Exchanged(attempt, "d")) if isinstance(a, Append)]
     actions = machine.handle(View(3, 0, (0,), ("a_1", "b_1"), rules=3))
-    again = [a.alarm for a in actions if isinstance(a, SetAlarm) and a.kind == "jitter"]
+    again = [a.alarm for a in actions if isinstance(a, SetAlarm) and a.kind == "soon"]
     assert len(again) == 1
     held = proposal.message("held", attempt=attempt, digest="d")
     assert not [a for a in machine.handle(Received("b_1", held)) if isinstance(a, Append)], "void"
