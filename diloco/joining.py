@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
-from ckpt.store import Store, StoreError
+from ckpt.store import Store
 from diloco.bits import serve_blocks
 from diloco.checkpoints import Checkpoints, describe
 from diloco.config import Config, build_security, store_url
 from diloco.control import Control, Limits, RunLedger, expelled
 from diloco.errors import ConfigError
 from diloco.exchanging import Setup, published
-from diloco.fold import PROTOCOL, JournalError, Settings, State, canonical, fold_all
+from diloco.fold import PROTOCOL, Settings, State, canonical, fold_all
 from diloco.fragments import digest
 from diloco.journal import Journal
+from diloco.looking import look, take_directory
 from diloco.mixing import MixedFacts, Samples, index_of
 from diloco.parallel import Region, on_rank_0
 from diloco.regional import Own
@@ -33,7 +33,7 @@ from diloco.trainer import Links, Trainer
 from elastic import probing, recovery
 from elastic.addresses import own_host
 from elastic.coordinator import Coordinator
-from elastic.lighthouse import AwayError, LighthouseError, Membership, find_or_serve, reach
+from elastic.lighthouse import Membership, reach
 from elastic.memory import Pipe
 from elastic.node import Identity, Node
 from elastic.process import Exchange
@@ -50,14 +50,14 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     check_ranks(region, data_of(trainer.dataset, trainer.own, trainer.eval_sets))
     store = Store(store_url(cfg))
     journal = Journal(store)
-    on_rank_0(region, lambda: _look(cfg, journal, stack))
+    on_rank_0(region, lambda: look(cfg, journal, stack))
     entries = _open(trainer, store, journal)
     state = fold_all(entries)
     assert state is not None
     trainer.state = state
     on_rank_0(region, lambda: _check(trainer, store, state))
     if region.rank == 0:
-        _own(cfg, state.run)
+        take_directory(cfg, state.run)
     data = _connect(trainer, store, stack, exchanges)
     restore(trainer, journal, entries)
     inside = [e.decode() for e in region.gather_bytes(trainer.links.node.endpoint.encode())]
@@ -66,60 +66,6 @@ def join(trainer: Trainer, stack: ExitStack, exchanges: Pipe) -> None:
     if region.rank == 0:
         _take_control(trainer, journal, inside, outside[0], stack)
     trainer.report.open(trainer)
-
-
-def _look(cfg: Config, journal: Journal, stack: ExitStack) -> None:
-    """What is there already."""
-    _read_first(journal, cfg)
-    _lighthouse(cfg, journal.state, stack)
-
-
-def _lighthouse(cfg: Config, state: State | None, stack: ExitStack) -> None:
-    """A run that has members can be joined without one: the journal says where they are."""
-    try:
-        server = find_or_serve(cfg.elastic.lighthouse, security=build_security(cfg), region=cfg.region.name)
-    except LighthouseError as error:
-        if not isinstance(error, AwayError) or state is None or not state.members:
-            raise ConfigError(str(error)) from error
-        return print(f"warning: {error}; meanwhile the members that the journal names are looked for", flush=True)
-    if server is not None:
-        print(f"lighthouse: none answered, started one at {cfg.elastic.lighthouse}", flush=True)
-        stack.callback(server.shutdown)
-
-
-def _read_first(journal: Journal, cfg: Config) -> None:
-    try:
-        journal.read()
-        _check_owner(cfg, journal.state)
-        if journal.state is None:
-            journal.store.prove()  # type: ignore[attr-defined]
-    except (StoreError, JournalError) as error:
-        raise ConfigError(
-            f"run.store={store_url(cfg)} cannot hold a run ({error}): set it to another place, or run.dir to a new directory"
-        ) from error
-
-
-def _owner(cfg: Config) -> Path:
-    """The file that says whose run directory it is, lest metrics of two runs end up in one file."""
-    return Path(cfg.run.dir) / ".run"
-
-
-def _check_owner(cfg: Config, state: State | None) -> None:
-    owner = _owner(cfg).read_text().strip() if _owner(cfg).exists() else ""
-    if owner and (state is None or state.run != owner):
-        there = f"run {state.run}" if state else "none"
-        raise ConfigError(
-            f"run.dir={cfg.run.dir} is of run {owner}, but run.store={store_url(cfg)} holds {there}: set run.dir to a new "
-            "directory"
-        )
-
-
-def _own(cfg: Config, run: str) -> None:
-    path = _owner(cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".run-{os.getpid()}")
-    written.write_text(f"{run}\n")
-    written.replace(path)
 
 
 # The run

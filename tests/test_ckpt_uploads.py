@@ -133,7 +133,7 @@ def test_different_states_are_an_alarm_and_no_checkpoint(url: str) -> None:
         rank.save(rank.attempt(AT, members, place))
     for rank in ranks:
         (outcome,) = rank.outcomes()
-        assert outcome["kind"] == "differ" and "us_1: momentum/1" in outcome["reason"]
+        assert (outcome["kind"], outcome["reason"]) == ("differ", "momentum/1: eu_1 against us_1")
         assert "theta" not in outcome["reason"] and not rank.uploads.busy(), "and the next save can be"
     assert not Store(url).exists(f"{AT}/manifest.json")
 

@@ -7,7 +7,7 @@ import os
 import signal
 from typing import Any
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import SLOW_STEPS, Cluster
 
 
 def test_a_checkpoint_that_cannot_be_stored_costs_itself_only(cluster: Cluster) -> None:
@@ -54,3 +54,32 @@ def test_who_missed_rounds_whose_bits_are_gone_takes_a_newer_state(cluster: Clus
     theirs = {r["seq"]: r["digest"] for r in cluster.records("eu", "round")}
     based = {e["base"]: e["theta"] for e in rounds(cluster, "us")}
     assert all(based[entry["seq"]] == theirs[entry["seq"]] for entry in last), "it builds on what eu had"
+
+
+def test_a_store_that_is_away_costs_no_step(cluster: Cluster) -> None:
+    """Nothing can be committed, and both regions go on beyond their boundaries; all that they did is in a round then."""
+    settings = ["outer.sync_every=8", "run.rounds=1000000", "elastic.start_regions=2", "outer.boundary=first"]
+    settings += ["elastic.max_local_steps=400", "run.report_every=1", "elastic.lease_rounds=1000", SLOW_STEPS]
+    regions = [cluster.start(name, *settings) for name in ("eu", "us")]
+    cluster.until(lambda: len(rounds(cluster, "us")) >= 3)
+    journal, away = cluster.run / "store" / "journal", cluster.run / "store" / "away"
+    os.rename(journal, away)
+    journal.write_text("in the way")  # root may write anywhere, but not below a file
+    before = {name: steps(cluster, name) for name in ("eu", "us")}
+    cluster.until(lambda: all(steps(cluster, name) >= before[name] + 40 for name in before))
+    journal.unlink()
+    os.rename(away, journal)
+    count = len(rounds(cluster, "us"))
+    cluster.until(lambda: len(rounds(cluster, "us")) >= count + 3 and len(rounds(cluster, "eu")) >= count + 3)
+    for region in regions:
+        region.signal(signal.SIGTERM)
+    cluster.finish()
+    for name, region in zip(before, regions, strict=True):
+        said = [a["steps"] for e in rounds(cluster, name) for a in e["answers"] if a["member"].startswith(f"{name}_")]
+        assert max(said) > 24, said
+        assert steps(cluster, name) - 16 <= sum(said) <= steps(cluster, name), "each of them once"
+        assert "trying again" in region.text() and "Traceback" not in region.text(), region.text()
+
+
+def steps(cluster: Cluster, region: str) -> int:
+    return max((record["step"] for record in cluster.records(region, "step")), default=0)
