@@ -232,5 +232,15 @@ class Cluster:
         codes = {r.name: r.wait(timeout) for r in self.regions}
         assert all(code in (0, -9) for code in codes.values()), self.logs()
 
+    def settle(self) -> None:
+        """Waits for the uploaders, which clean up when their regions have ended."""
+        store = str(self.run).encode()
+
+        def working() -> list[str]:
+            commands = {pid: command(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()}
+            return [pid for pid, line in commands.items() if b"ckpt.uploader" in line and store in line]
+
+        self.until(lambda: not working())
+
     def close(self) -> None:
         kill(*self.regions)

@@ -269,6 +269,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cluster
         runs["left"].until(lambda: runs["left"].rounds() >= 2)
         runs["left"].regions[0].signal(signal.SIGTERM)
         runs["left"].finish()
+        for run in runs.values():
+            run.settle()
         yield runs
     finally:
         for run in runs.values():
