@@ -78,7 +78,7 @@ class Uploads:
                     self._process.stdin.flush()
 
     def close(self) -> None:
-        """The uploader ends by itself, after its job."""
+        """The uploader ends by itself, after its job, and after it has kept the arena for a while unless it was dismissed."""
         with self._turn:
             if self._process is not None and self._process.stdin is not None:
                 self._process.stdin.close()

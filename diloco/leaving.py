@@ -102,7 +102,7 @@ def depart(trainer: Trainer) -> None:
         links.coordinator.close()
 
 
-def leave(trainer: Trainer) -> None:
+def record_leave(trainer: Trainer) -> None:
     """Says so in the journal, unless the run has stopped, or it has been said."""
     links = getattr(trainer, "links", None)
     if links is None or links.membership is None:

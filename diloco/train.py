@@ -29,12 +29,12 @@ SPEAKER_SECONDS = 10.0
 def run(cfg: Config) -> int:
     """Trains. Returns the exit code: 0 if the run stopped or this region left on purpose."""
     _hush()
-    from diloco import exchanging, leaving
+    from diloco import exchanging
     from diloco.control import Order
     from diloco.fold import JournalError
     from diloco.joining import join
     from diloco.keeping import disown, keep
-    from diloco.leaving import Signals, depart, farewell
+    from diloco.leaving import Signals, depart, farewell, record_leave
     from diloco.parallel import open_region
     from diloco.trainer import Trainer
     from elastic.process import fork
@@ -52,10 +52,9 @@ def run(cfg: Config) -> int:
             signals.joined()
             order = trainer.train()
             depart(trainer)
-            if (
-                cfg.ckpt.durable
-            ):  # else it is here only that others find the bits of its last rounds, until they are stored
-                leaving.leave(trainer)
+            # Otherwise it stays a member, from whom others get the last rounds, until `keep` has stored them.
+            if cfg.ckpt.durable:
+                record_leave(trainer)
             keep(trainer, order)
         except (FloatingPointError, JournalError, OSError) as error:
             order = Order(end=str(error), clean=False)
@@ -64,7 +63,7 @@ def run(cfg: Config) -> int:
             depart(trainer)
         if not order.clean:
             disown(trainer)
-        leaving.leave(trainer)
+        record_leave(trainer)
         farewell(trainer, order)
         return 0 if order.clean else 1
     return 0

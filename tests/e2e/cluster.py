@@ -142,9 +142,9 @@ def exchanges(rank: int) -> list[int]:
     return [pid for pid in children(rank) if mine and parent(pid) == rank and command(pid) == mine]
 
 
-def uploaders(rank: int) -> list[int]:
-    """The process that uploads a rank's checkpoints. The rank survives its end."""
-    return [pid for pid in children(rank) if parent(pid) == rank and b"\0ckpt.uploader\0" in command(pid)]
+def uploaders(pid: int) -> list[int]:
+    """The processes that upload checkpoints, of a rank or of a region's torchrun. Ranks survive their end."""
+    return [each for each in children(pid) if b"\0ckpt.uploader\0" in command(each)]
 
 
 class Cluster:

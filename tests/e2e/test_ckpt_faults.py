@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from s3fs import S3FileSystem
 
 from ckpt.store import Store
 from diloco.journal import Journal, entry_key
-from tests.e2e.cluster import Cluster, RegionProcess, children, send
+from tests.e2e.cluster import Cluster, RegionProcess, send, uploaders
 from tests.s3_proxy import Proxy, Rule
 from tests.s3_server import BUCKET, Server
 
@@ -245,13 +244,8 @@ def test_everything_is_killed_at_a_stage_of_a_save(stored: Stored, stage: str) -
     stored.resumes(of="eu")
 
 
-def uploaders(region: RegionProcess) -> list[int]:
-    found = []
-    for pid in children(region.process.pid):
-        with suppress(OSError):
-            if b"ckpt.uploader" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
+def all_uploaders(*regions: RegionProcess) -> list[int]:
+    return [pid for region in regions for pid in uploaders(region.process.pid)]
 
 
 def checkpoints(stored: Stored) -> set[str]:
@@ -261,15 +255,15 @@ def checkpoints(stored: Stored) -> set[str]:
 def test_uploaders_are_killed_again_and_again(stored: Stored) -> None:
     """Each is replaced, which a region says; checkpoints are committed afterwards, and training has not noticed."""
     regions = stored.start_two()
-    stored.cluster.until(lambda: stored.rounds() >= 2 and all(map(uploaders, regions)))
+    stored.cluster.until(lambda: stored.rounds() >= 2 and all(all_uploaders(region) for region in regions))
     for turn in range(4):
         victim = regions[turn % 2]
         with stored.proxy.fault(Rule("slow", "PUT", r"checkpoints/", rate=50e3)) as rule:
             stored.cluster.until(lambda rule=rule: rule.hits >= 1)
-            old = uploaders(victim)
+            old = all_uploaders(victim)
             for pid in old:
                 os.kill(pid, signal.SIGKILL)
-        stored.cluster.until(lambda v=victim, old=old: uploaders(v) and not set(uploaders(v)) & set(old))
+        stored.cluster.until(lambda v=victim, old=old: all_uploaders(v) and not set(all_uploaders(v)) & set(old))
         seen = checkpoints(stored)
         stored.cluster.until(lambda seen=seen: checkpoints(stored) - seen)
     assert all("Traceback" not in region.text() for region in regions), stored.cluster.logs()
@@ -291,8 +285,8 @@ def stopped_when_merged(stored: Stored, *regions: RegionProcess) -> bool:
 def test_uploaders_outlive_their_regions(stored: Stored) -> None:
     """The regions are killed during an upload: what they had handed over is committed all the same."""
     regions = stored.start_two()
-    stored.cluster.until(lambda: stored.rounds() >= 2 and all(map(uploaders, regions)))
-    orphans = [pid for region in regions for pid in uploaders(region)]
+    stored.cluster.until(lambda: stored.rounds() >= 2 and all(all_uploaders(region) for region in regions))
+    orphans = all_uploaders(*regions)
     seen = checkpoints(stored)
     with stored.proxy.fault(Rule("hang", "PUT", r"checkpoints/.*\.safetensors")) as rule:
         stored.cluster.until(lambda: rule.hits >= 2)

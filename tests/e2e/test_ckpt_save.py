@@ -8,13 +8,9 @@ import signal
 from ckpt.checkpoint import load_manifest
 from ckpt.reading import verify
 from ckpt.store import Store
-from tests.e2e.cluster import Cluster, RegionProcess, children, command, kill, parent
+from tests.e2e.cluster import Cluster, children, kill, parent, uploaders
 
 BASE = ["outer.sync_every=8", "run.rounds=1000000"]
-
-
-def uploaders(region: RegionProcess) -> list[int]:
-    return [pid for pid in children(region.process.pid) if b"ckpt.uploader" in command(pid)]
 
 
 def saved(cluster: Cluster, region: str = "eu") -> list[int]:
@@ -32,7 +28,7 @@ def test_killed_uploaders_are_replaced_under_a_run(cluster: Cluster) -> None:
     eu = cluster.start("eu", *BASE, "ckpt.keep=1000", nproc=2)
     cluster.until(lambda: saved(cluster))
     for _ in range(3):
-        found = uploaders(eu)
+        found = uploaders(eu.process.pid)
         assert found
         for pid in found:
             os.kill(pid, signal.SIGKILL)
