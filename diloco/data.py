@@ -161,13 +161,17 @@ class Joined(ABC):
     def rows(self, starts: np.ndarray, out: np.ndarray) -> None:
         """Row i of `out` is the tokens from starts[i], int64 [n], on: as many slices, without looking for the file of each."""
         length = out.shape[1]
-        files = np.searchsorted(self.ends, starts, side="right")
-        sizes = np.diff(self.ends, prepend=0)[files]
-        places = starts - (self.ends[files] - sizes)
-        inside = places + length <= sizes
-        columns = (array.tolist() for array in (files, sizes, places, inside, starts))
-        for row, file, size, place, whole, start in zip(out, *columns, strict=True):
+        files, sizes, places = self.locate(starts)
+        columns = (array.tolist() for array in (files, sizes, places, starts))
+        for row, file, size, place, start in zip(out, *columns, strict=True):
+            whole = place + length <= size
             row[:] = self.part(file, size, place, place + length) if whole else self[start : start + length]
+
+    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [n] each: the files of these tokens, the files' sizes, and the tokens' places in them."""
+        files = np.searchsorted(self.ends, places, side="right")
+        sizes = np.diff(self.ends, prepend=0)[files]
+        return files, sizes, places - (self.ends[files] - sizes)
 
     @abstractmethod
     def part(self, file: int, size: int, start: int, stop: int) -> np.ndarray:
@@ -289,9 +293,9 @@ class Dataset:
         return self._window(t + t // (self._every - 1) if self._every else t, self.source.tokens)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
-        """int64 [n, seq_len + 1]: `sample` of n global indices."""
+        """int32 [n, seq_len + 1]: `sample` of n global indices."""
         starts, tokens = self._places(indices) * self.seq_len, self.source.tokens
-        out = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
+        out = np.empty((len(starts), self.seq_len + 1), dtype=np.int32)
         if isinstance(tokens, Joined):
             tokens.rows(starts, out)
         else:

@@ -109,7 +109,7 @@ class Inner:
         self.skipped = 0
 
     def step(self, tokens: Tensor, progress: float) -> StepStats:
-        """One AdamW update on this rank's share of the batch: int64 on the CPU [batch / dp, seq_len + 1].
+        """One AdamW update on this rank's share of the batch: int32 on the CPU [batch / dp, seq_len + 1].
 
         A collective. A gradient that is not finite is dropped, on every rank alike, and counted in `skipped`.
         """
@@ -135,7 +135,7 @@ class Inner:
     def _backward(self, tokens: Tensor) -> Tensor:
         """Accumulate the mean gradient over the micro-batches; returns this rank's mean nll."""
         assert tokens.shape == (self.share, self.cfg.seq_len + 1), tokens.shape
-        micro_batches = tokens.to(self.region.device, non_blocking=True).split(self.micro_batch)
+        micro_batches = tokens.to(self.region.device, non_blocking=True).long().split(self.micro_batch)
         nll = torch.zeros((), device=self.region.device)
         for micro_batch in micro_batches:
             objective, part = self.loss(self.model, micro_batch)

@@ -58,7 +58,7 @@ class Loader:
             self._begin()  # they take seconds to start, which no step is to wait for
 
     def next(self, reader: Reader) -> Tensor:
-        """int64 [batch / ranks, seq_len + 1]: this rank's part of the next samples of the leases. Raises OSError if they cannot
+        """int32 [batch / ranks, seq_len + 1]: this rank's part of the next samples of the leases. Raises OSError if they cannot
         be read, ValueError if the leases hold too few."""
         begin = time.monotonic()
         if not self._plan:

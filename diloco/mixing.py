@@ -206,8 +206,8 @@ Places = Sequence[tuple[int, int]]
 
 
 def gather(parts: Sequence[Samples | Dataset], places: Places, seq_len: int) -> Tensor:
-    """int64 [n, seq_len + 1]: these samples."""
-    out = torch.empty(len(places), seq_len + 1, dtype=torch.int64)
+    """int32 [n, seq_len + 1]: these samples."""
+    out = torch.empty(len(places), seq_len + 1, dtype=torch.int32)
     for number, part in enumerate(parts):
         if rows := [row for row, (of, _) in enumerate(places) if of == number]:
             out[rows] = part.batch(places[row][1] for row in rows)
@@ -254,7 +254,7 @@ class Mixed:
             self.heldout_bytes_per_token = _mean([bytes_per_token[s] for s in self._held], self._heldout.shares)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
-        """int64 [n, seq_len + 1]: the training samples of n global indices."""
+        """int32 [n, seq_len + 1]: the training samples of n global indices."""
         return gather(self.parts, [self.schedule.locate(index) for index in indices], self.parts[0].seq_len)
 
     def heldout(self, i: int, of: int | None = None) -> np.ndarray:

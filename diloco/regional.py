@@ -114,7 +114,7 @@ class Regional:
         self.data, self.own = data, own
 
     def batch(self, ids: Iterable[int]) -> Tensor:
-        """int64 [n, seq_len + 1]."""
+        """int32 [n, seq_len + 1]."""
         if not self.own:
             return self.data.batch(ids)
         return gather(self._parts, [divmod(each, SOURCE) for each in ids], self.own[0].samples.seq_len)

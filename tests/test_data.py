@@ -99,7 +99,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_batch_is_its_samples() -> None:
     data = Dataset(counting(401), 4, 0.1, 0)
     batch = data.batch([7, 0, 1_000])
-    assert batch.shape == (3, 5) and str(batch.dtype) == "torch.int64"
+    assert batch.shape == (3, 5) and str(batch.dtype) == "torch.int32"
     assert (batch[2].numpy() == data.sample(1_000)).all()
     shuffled = Dataset(counting(4001), 4, 0.1, 0, shuffle=200)
     assert shuffled.order.group == 50 and shuffled.shuffle == [50] and data.shuffle == [0]

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from ckpt.store import StoreError
 from diloco.corpus import cache as caching
-from diloco.corpus.cache import Cache, DamagedShard, Shard
+from diloco.corpus.cache import RUN, RUN_BYTES, Cache, DamagedShard, Run, Shard
 from diloco.corpus.command import serve
 from diloco.corpus.folder import CHUNK
 from diloco.data import DataConfig
@@ -74,8 +74,8 @@ def local(folder: Path, **changes: object) -> Samples:
 
 
 def kept(root: Path) -> int:
-    """Bytes in the cache."""
-    return sum(path.stat().st_size for path in (root / "cache").glob("diloco-shards/*/*-*/*"))
+    """Bytes of chunks in the cache."""
+    return sum(512 * path.stat().st_blocks // CHUNK * CHUNK for path in (root / "cache").glob("diloco-shards/*/*-*/*"))
 
 
 def fetched(proxy: Proxy, url: str, ending: str = "tokens") -> int:
@@ -96,7 +96,7 @@ def test_a_streamed_corpus_is_the_local_one_and_begins_before_a_shard_is_there(
         assert (far.batch(indices) == near.batch(indices)).all()
     held = range(near.heldout_windows)
     assert len(held) > 10 and all((far.heldout(i) == near.heldout(i)).all() for i in held)
-    assert fetched(proxy, url) == CHUNKS + 1 and fetched(proxy, url, "sums") == len(SHARDS) + 1
+    assert len(SHARDS) < fetched(proxy, url) <= CHUNKS + 1 and fetched(proxy, url, "sums") == len(SHARDS) + 1
 
 
 def test_a_mixture_of_buckets_and_directories_is_that_of_directories(
@@ -171,12 +171,15 @@ READ = """
 import hashlib, sys
 from pathlib import Path
 from diloco.corpus.cache import Cache, Shard
-from diloco.corpus.folder import read_index
+from diloco.corpus.folder import CHUNK, read_index
 url, root = sys.argv[1:]
 split = read_index(url, "URL").train
 cache = Cache(url, Path(root), "shared", 1 << 30, 20.0)
 for name, tokens, checksum in zip(split.names, split.tokens, split.sha256):
-    print(hashlib.sha256(cache.read(Shard(name, 2 * tokens, checksum), 1, 2 * tokens)).hexdigest())
+    shard, digest = Shard(name, 2 * tokens, checksum), hashlib.sha256()
+    for at in range(0, shard.size, CHUNK):
+        digest.update(cache.read(shard, at, min(at + CHUNK, shard.size)))
+    print(digest.hexdigest())
 """
 """As a rank does, without waiting for torch."""
 
@@ -190,7 +193,7 @@ def test_processes_share_a_cache(url: str, folder: Path, proxy: Proxy, tmp_path:
         time.sleep(0.001)
     readers[0].kill()
     said = [reader.communicate(timeout=100)[0] for reader in readers]
-    digests = [hashlib.sha256(path.read_bytes()[1:]).hexdigest() for path in sorted(folder.glob("train-*.tokens"))]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("train-*.tokens"))]
     assert [each.split() for each in said[1:]] == [digests, digests]
     assert CHUNKS <= fetched(proxy, url) <= CHUNKS + 1
 
@@ -215,10 +218,13 @@ def test_damage_is_fetched_again_or_named(
         pytest.raises(DamagedShard, match=r"sums.* none .*copy"),
     ):
         open_(url, tmp_path / "gone").batch([0])
-    [*_, chunk] = sorted((tmp_path / "0" / "cache").glob("diloco-shards/*/*-*/*"))
-    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    [*_, run] = sorted((tmp_path / "0" / "cache").glob("diloco-shards/*/*-*/*"))
+    held = run.read_bytes()
+    run.write_bytes(bytes(len(held) - RUN) + held[-RUN:])
     assert (open_(url, tmp_path / "0").batch([0]) == near.batch([0])).all()
-    assert f"{chunk} is damaged on this disk: fetching it again" in capfd.readouterr().out
+    assert f"{run} is damaged on this disk: fetching it again" in capfd.readouterr().out
+    run.write_bytes(held[:CHUNK])  # not of this format
+    assert (open_(url, tmp_path / "0").batch([0]) == near.batch([0])).all() and run.stat().st_size == len(held)
 
 
 def test_an_outage_is_waited_for_and_told(
@@ -267,35 +273,64 @@ def test_the_wait_for_another_reader_counts(tmp_path: Path, monkeypatch: pytest.
     )
     cache = Cache("memory://x", tmp_path, "folder", 1 << 30, 20.0)
     with pytest.raises(StoreError, match="away"):
-        cache.bring(Shard("train-00000", CHUNK, ""), 0, 1)
+        cache.bring(Run(Shard("train-00000", CHUNK, ""), 0), 0, 1)
     assert len(tries) == 1
 
 
-def test_a_removed_chunk_is_read_on_for_a_moment_and_then_fetched_again(
+def test_a_removed_run_is_read_on_for_a_moment_and_then_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as its file need not be told that it is read. Few are mapped at once."""
-    data, fetches = bytes(CHUNK) + b"second", []
+    data, fetches = bytes(RUN_BYTES) + b"second", []
 
     def view(key: str, start: int, stop: int) -> memoryview:
-        fetches.append(start // CHUNK)
+        fetches.append((start // CHUNK, -(-stop // CHUNK)))
         return memoryview(data)[start:stop]
 
     monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(view=view))
     cache, shard = Cache("memory://x", tmp_path, "folder", 1 << 40, 20.0), Shard("train-00000", len(data), "")
-    cache._sums[shard.name] = blake3(data[:CHUNK]).digest() + blake3(data[CHUNK:]).digest()
+    cache._sums[shard.name] = RUN * blake3(data[:CHUNK]).digest() + blake3(b"second").digest()
+    second = RUN, RUN + 1
     for removed in (False, True):
         if removed:
             (tmp_path / "folder" / shard.name / "000001").unlink()
-        assert cache.read(shard, CHUNK, CHUNK + 3) == b"sec" and fetches == [1]
+        assert cache.read(shard, RUN_BYTES, RUN_BYTES + 3) == b"sec" and fetches == [second]
     assert ForkingPickler.dumps(cache), "data.workers take it along, but for what is mapped"
-    assert copy.copy(cache).read(shard, CHUNK - 1, CHUNK + 1) == b"\0s"
-    assert fetches == [1, 0, 1], "another process has only the files"
+    assert copy.copy(cache).read(shard, RUN_BYTES - 1, RUN_BYTES + 1) == b"\0s"
+    assert fetches == [second, (RUN - 1, RUN), second], "another process has only the files"
     (tmp_path / "folder" / shard.name / "000001").unlink()
     monkeypatch.setattr(caching, "TOUCH_SECONDS", 0.0)
-    assert cache.read(shard, CHUNK, CHUNK + 3) == b"sec" and fetches == [1, 0, 1, 1]
+    assert cache.read(shard, RUN_BYTES, RUN_BYTES + 3) == b"sec" and fetches[3:] == [second]
     monkeypatch.setattr(caching, "MAPPED", 1)
-    assert cache.read(shard, CHUNK - 1, CHUNK + 1) == b"\0s" and len(cache._mapped) == 1
+    assert cache.read(shard, RUN_BYTES - 1, RUN_BYTES + 1) == b"\0s" and len(cache._mapped) == 1
+    assert cache.read(shard, 2 * CHUNK - 1, 2 * CHUNK + 1) == b"\0\0" and fetches[-1] == (1, 3), "in one request"
+
+
+def test_what_is_marked_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends while it writes has marked nothing, and one that reads then takes nothing for a chunk."""
+    data = os.urandom(3 * CHUNK)
+    monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(view=lambda _, a, b: memoryview(data)[a:b]))
+    shard = Shard("train-00000", len(data), "")
+    sums = b"".join(blake3(data[at : at + CHUNK]).digest() for at in range(0, len(data), CHUNK))
+    mine, other = (Cache("memory://x", tmp_path, "folder", 1 << 30, 20.0, _sums={shard.name: sums}) for _ in range(2))
+    assert mine.read(shard, 0, CHUNK) == data[:CHUNK]
+    path, run = tmp_path / "folder" / shard.name / "000000", Run(shard, 0)
+    assert path.stat().st_size == len(data) + RUN and 512 * path.stat().st_blocks < 2 * CHUNK, "it has holes"
+
+    class Ended(BaseException):
+        pass
+
+    def full(*_: int) -> None:
+        raise Ended
+
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(os, "posix_fallocate", full)
+        mine.bring(run, 1, 3)
+    assert other._at_hand(run, [0]) and not other._at_hand(run, [1]) and mine._missing(run, 0, 3) == [1, 2]
+    with path.open("r+b") as file:
+        file.seek(len(data))
+        file.write(b"\1" * RUN)
+    assert other.read(shard, 0, len(data)) == data, "a mark that lies is found out"
 
 
 def test_a_chunk_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +338,7 @@ def test_a_chunk_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     cache._sums[shard.name] = blake3(b"text").digest()
     path = tmp_path / "folder" / shard.name / "000000"
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"text")
+    path.write_bytes(b"text" + b"\1" * RUN)
     os.utime(path, (0, 0))
 
     def refused(_: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diloco.corpus.cache import RUN, Cache, Shard
+from diloco.corpus.cache import RUN, RUN_BYTES, Cache, Run, Shard
 from diloco.corpus.folder import CHUNK, Index, Split, is_url, read_index
 from diloco.data import BLOCK_TOKENS, DataConfig, FileTokens, Joined, check_cache
 from diloco.errors import ConfigError
@@ -84,20 +84,39 @@ class CachedTokens(Joined):
         width = self.dtype.itemsize
         return np.frombuffer(self._cache.read(self._shards[file], start * width, stop * width), dtype=self.dtype)
 
+    def rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """As of all files, but looks at each run of chunks once."""
+        length, run = out.shape[1], RUN_BYTES // self.dtype.itemsize
+        files, sizes, places = self.locate(starts)
+        whole = (places % run + length <= run) & (places + length <= sizes)
+        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        columns = (array.tolist() for array in (whole, files, places // run, places % run, starts))
+        for row, (inside, file, number, place, start) in enumerate(zip(*columns, strict=True)):
+            if inside:
+                wanted.setdefault((file, number), []).append((row, place))
+            else:
+                out[row] = self[start : start + length]
+        chunk = run // RUN
+        for (file, number), rows in wanted.items():
+            spans = {(place // chunk, (place + length - 1) // chunk) for _, place in rows}
+            chunks = {at for first, last in spans for at in range(first, last + 1)}
+            tokens = np.frombuffer(self._cache.run(Run(self._shards[file], number), chunks), dtype=self.dtype)
+            for row, place in rows:
+                out[row] = tokens[place : place + length]
+
     def fetches(self, starts: np.ndarray, length: int) -> list[Callable[[], None]]:
         """As diloco.data.Fetched wants it: the chunks of both ends, and of shorter windows that is all. The first are fetched
         alone, so that training begins; then all that is needed of a run at once."""
-        places = np.stack([starts, np.minimum(starts + length, len(self)) - 1], axis=1).ravel()
-        files = np.searchsorted(self.ends, places, side="right")
-        chunks = (places - np.where(files, self.ends[files - 1], 0)) * self.dtype.itemsize // CHUNK
+        files, _, places = self.locate(np.stack([starts, np.minimum(starts + length, len(self)) - 1], axis=1).ravel())
+        chunks = places * self.dtype.itemsize // CHUNK
         _, firsts = np.unique(files << 32 | chunks, return_index=True)
         needed = [(int(files[k]), int(chunks[k])) for k in np.sort(firsts)]
         runs: dict[tuple[int, int], list[int]] = {}
         for file, chunk in needed:
-            runs.setdefault((file, chunk // RUN), []).append(chunk)
-        ranges = [(file, chunk, chunk + 1) for file, chunk in needed[:ALONE]]
-        ranges += [(file, min(run), max(run) + 1) for (file, _), run in runs.items()]
-        return [partial(self._cache.bring, self._shards[file], first, last) for file, first, last in ranges]
+            runs.setdefault((file, chunk // RUN), []).append(chunk % RUN)
+        ranges = [(file, chunk // RUN, chunk % RUN, chunk % RUN + 1) for file, chunk in needed[:ALONE]]
+        ranges += [(file, run, min(inside), max(inside) + 1) for (file, run), inside in runs.items()]
+        return [partial(self._cache.bring, Run(self._shards[file], run), a, b) for file, run, a, b in ranges]
 
 
 def _cache(cfg: DataConfig, url: str, index: Index) -> Cache:

@@ -210,7 +210,7 @@ def first_batch(url: str, cache: Path) -> tuple[float, int]:
         loader.close()
 
     taken = seconds(act)
-    return taken, sum(path.stat().st_size for path in cache.glob("*/*/*-*/*"))
+    return taken, sum(512 * path.stat().st_blocks for path in cache.glob("*/*/*-*/*"))
 
 
 def index(directory: Path, repeat: int) -> Iterator[Row]:
