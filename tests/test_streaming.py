@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import os
 import re
@@ -331,6 +332,21 @@ def test_what_is_marked_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         file.seek(len(data))
         file.write(b"\1" * RUN)
     assert other.read(shard, 0, len(data)) == data, "a mark that lies is found out"
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(view=lambda *_: memoryview(b"text")))
+    cache, shard = Cache("memory://x", tmp_path, "folder", 1 << 30, 20.0), Shard("train-00000", 4, "")
+    cache._sums[shard.name] = blake3(b"text").digest()
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        OSError, match=r"^data\.cache: .*/000000 cannot be written \(No space left.* cache_bytes=1073741824"
+    ):
+        cache.read(shard, 0, 4)
 
 
 def test_a_chunk_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

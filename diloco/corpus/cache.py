@@ -198,7 +198,13 @@ class Cache:
             digests = [self._digest(run, chunk, begin) for chunk in range(first, last)]
             key, at = f"{run.shard.name}.tokens", run.number * RUN_BYTES
             data = self._fetch(key, at + start, at + stop, partial(_has, digests), begin)
-            self._place(run, first, last, data)
+            try:
+                self._place(run, first, last, data)
+            except OSError as error:
+                raise OSError(
+                    f"data.cache: {self._path(run)} cannot be written ({error.strerror}): set data.cache to a directory with "
+                    f"room for data.cache_bytes={self.limit}, or set less"
+                ) from error
         self._unseen += len(data)
         if self._unseen > self.limit // 64:
             self._make_room()
