@@ -344,7 +344,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        OSError, match=r"^data\.cache: .*/000000 cannot be written \(No space left.* cache_bytes=1073741824"
+        OSError, match=r"^data\.cache: .*/000000 cannot be written \(No space left.*data\.cache_bytes=1073741824"
     ):
         cache.read(shard, 0, 4)
 
