@@ -313,18 +313,27 @@ class Dataset:
         return found + found // (self._every - 1) if self._every else found
 
     def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:
-        """What to call to have what these samples need on this machine, in the order of their needing it. They raise OSError."""
+        """What to call to have on this machine what these samples need, as far as they are of two groups of the order, in the
+        order of their needing it. They raise OSError."""
         tokens = self.source.tokens
         if not isinstance(tokens, Fetched):
             return []
-        return tokens.fetches(self._places(indices) * self.seq_len, self.seq_len + 1)
+        return tokens.fetches(self._places(self._of_two_groups(indices)) * self.seq_len, self.seq_len + 1)
+
+    def _of_two_groups(self, indices: Iterable[int]) -> np.ndarray:
+        """int64: those of the first two, which the cache has room for."""
+        found = np.fromiter(indices, dtype=np.int64)
+        epochs, i = np.divmod(found, self.train_windows)
+        groups = epochs * self.train_windows + i // (self.order.group or self.train_windows)
+        _, firsts = np.unique(groups, return_index=True)
+        return found[np.isin(groups, groups[np.sort(firsts)[:2]])]
 
     @property
     def readahead(self) -> int:
-        """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
+        """Samples to look ahead: one group of the order is read while the next one is fetched. 0: there is no need to."""
         if not isinstance(self.source.tokens, Fetched):
             return 0
-        return min(self.order.group or self.train_windows, self.train_windows)
+        return min(2 * self.order.group or self.train_windows, self.train_windows)
 
     @property
     def shuffle(self) -> list[int]:

@@ -30,13 +30,14 @@ PLANNED = 256
 THREADS = 4
 """That fetch what is streamed, 16 MiB at once."""
 LOOKS = 2
-"""Times that the readahead hears what comes next, while as much is read as it may be ahead."""
+"""Times that the readahead hears what comes next, while as much is read as it looks ahead."""
 RESTARTS = 3
 PREFETCH = 4
 """Steps that each worker has ready or works at."""
 
 Batch = list[Any]
 """Global indices."""
+Upcoming = Callable[[], list[Batch]]
 
 
 class Loader:
@@ -62,10 +63,10 @@ class Loader:
         be read, ValueError if the leases hold too few."""
         begin = time.monotonic()
         if not self._plan:
-            self._plan, self._batches = deque(self._upcoming(reader, PLANNED)), None
+            self._plan, self._batches = deque(self._upcoming(copy.deepcopy(reader), PLANNED)), None
         wanted = reader.take(self._batch)[self._share]
         if self._plan[0] != wanted:
-            self._plan, self._batches = deque([wanted, *self._upcoming(reader, PLANNED)]), None
+            self._plan, self._batches = deque([wanted, *self._upcoming(copy.deepcopy(reader), PLANNED)]), None
         tokens = self._read()
         self._plan.popleft()
         if self._ahead is not None:
@@ -79,9 +80,8 @@ class Loader:
         """The leases are others, or some of them are used up: what they hold next is fetched ahead."""
         if self._ahead is not None:
             self._unlooked = 0
-            self._ahead.follow(
-                [i for batch in self._upcoming(reader, self._ahead.depth // self._batch + 1) for i in batch]
-            )
+            steps = self._ahead.depth // self._batch + 1
+            self._ahead.follow(partial(self._upcoming, copy.deepcopy(reader), steps))
 
     def close(self) -> None:
         """Ends its processes and threads."""
@@ -89,9 +89,9 @@ class Loader:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _upcoming(self, reader: Reader, steps: int) -> list[Batch]:
-        """This rank's part of each of the next steps, as far as the leases go."""
-        ahead, found = copy.deepcopy(reader), list[Batch]()
+    def _upcoming(self, ahead: Reader, steps: int) -> list[Batch]:
+        """This rank's part of each of the next steps, as far as the leases go. They are taken from it."""
+        found = list[Batch]()
         while len(found) < steps and ahead.available() >= self._batch:
             found.append(ahead.take(self._batch)[self._share])
         return found
@@ -190,23 +190,24 @@ def _leave_signals(worker: int) -> None:
 
 
 class Readahead:
-    """Threads that fetch what samples need before they are read, at most `depth` of them ahead."""
+    """Threads that fetch what samples need before they are read, at most `depth` of them ahead. To find out which these are takes
+    a second where they are a million: no step waits for that, either."""
 
     def __init__(self, samples: Regional, depth: int) -> None:
         self.depth = depth
         self._samples = samples
-        self._upcoming: Batch | None = None
-        """Samples that nobody has looked at yet."""
+        self._upcoming: Upcoming | None = None
+        """What nobody has looked at yet."""
         self._todo: deque[Callable[[], None]] = deque()
         self._change = threading.Condition()
         self._closed = False
         for _ in range(THREADS):
             threading.Thread(target=self._run, name="readahead", daemon=True).start()
 
-    def follow(self, indices: Batch) -> None:
-        """These come next, in this order."""
+    def follow(self, upcoming: Upcoming) -> None:
+        """The samples of these steps come next, in this order."""
         with self._change:
-            self._upcoming = indices
+            self._upcoming = upcoming
             self._change.notify()
 
     def close(self) -> None:
@@ -226,12 +227,12 @@ class Readahead:
             if self._closed:
                 return None
             if self._upcoming is not None:
-                indices, self._upcoming = self._upcoming, None
-                return partial(self._look, indices)
+                upcoming, self._upcoming = self._upcoming, None
+                return partial(self._look, upcoming)
             return self._todo.popleft()
 
-    def _look(self, indices: Batch) -> None:
-        todo = deque(self._samples.fetches(indices))
+    def _look(self, upcoming: Upcoming) -> None:
+        todo = deque(self._samples.fetches(i for step in upcoming() for i in step))
         with self._change:
             self._todo = todo
             self._change.notify_all()

@@ -58,7 +58,7 @@ class Samples(Protocol):
 
     @property
     def readahead(self) -> int:
-        """Samples that may be read ahead so that what they need is at hand together; 0: there is no need to."""
+        """Samples to look ahead; 0: there is no need to."""
         ...
 
     def fetches(self, indices: Iterable[int]) -> list[Callable[[], None]]:

@@ -168,6 +168,22 @@ def test_runs_of_chunks_are_fetched_ahead(
     assert (far.batch(everything) == near.batch(everything)).all() and len(proxy.requests) == seen
 
 
+def test_two_groups_of_the_order_are_fetched_ahead(
+    url: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cache has room for, whatever the leases hold."""
+    monkeypatch.setattr("diloco.data.BLOCK_TOKENS", 1 << 18)
+    far, group = open_(url, tmp_path, shuffle=1 << 18), (1 << 18) // SEQ_LEN
+    assert far.readahead == 2 * group
+    for call in far.fetches(range(group - 1, far.train_windows)):
+        call()
+    there, seen = kept(tmp_path), fetched(proxy, url)
+    far.batch(range(group - 1, 2 * group))
+    assert fetched(proxy, url) == seen
+    far.batch(range(far.train_windows))
+    assert fetched(proxy, url) > seen and kept(tmp_path) > there
+
+
 READ = """
 import hashlib, sys
 from pathlib import Path

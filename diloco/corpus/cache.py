@@ -126,9 +126,9 @@ class Cache:
         """All of a run, of which these chunks are right. Raises OSError if they cannot be had."""
         mapped = self._mapped.get(run.key)
         recent = mapped is not None and time.monotonic() - mapped.touched < TOUCH_SECONDS
-        while not recent or mapped is None or not all(mapped.checked[chunk] for chunk in chunks):
-            if (mapped := self._at_hand(run, chunks)) is not None:
-                break
+        if mapped is not None and recent and all(mapped.checked[chunk] for chunk in chunks):
+            return mapped.data
+        while (mapped := self._at_hand(run, chunks)) is None:
             self.bring(run, min(chunks), max(chunks) + 1)
         return mapped.data
 
@@ -210,11 +210,13 @@ class Cache:
             self._make_room()
 
     def _missing(self, run: Run, first: int, last: int) -> list[int]:
-        """Those of the run's chunks [first, last) that are not there."""
+        """Those of the run's chunks [first, last) that are not there. The others are wanted soon, which their file is told."""
         marks = b""
         with suppress(FileNotFoundError), open(self._path(run), "rb", buffering=0) as file:
             file.seek(run.size)
             marks = file.read()
+            with suppress(PermissionError):
+                os.utime(file.fileno())
         return [chunk for chunk in range(first, last) if len(marks) != RUN or not marks[chunk]]
 
     def _place(self, run: Run, first: int, last: int, data: memoryview) -> None:

@@ -136,4 +136,4 @@ def room_for(index: Index, shuffle: int) -> int:
     group = max(shuffle, 1)
     blocks = group // min(group, BLOCK_TOKENS) + 1
     wanted = min(2 * (group * width + blocks * CHUNK), tokens * width) if shuffle else tokens * width
-    return wanted * 5 // 4 + 8 * CHUNK
+    return wanted * 5 // 4 + RUN_BYTES
