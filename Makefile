@@ -23,7 +23,7 @@ check: .venv/stamp
 	$(BIN)/mypy
 
 bench: .venv/stamp
-	@for name in $(BENCH); do $(BIN)/python -m tests.bench.$$name || exit 1; done
+	@missed=0; for name in $(BENCH); do $(BIN)/python -m tests.bench.$$name || missed=1; done; exit $$missed
 
 venv: .venv/stamp
 

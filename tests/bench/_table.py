@@ -67,8 +67,9 @@ def stolen() -> float:
     return 100 * (now[0] - before[0]) / max(1, now[1] - before[1])
 
 
-def show(bench: str, rows: Sequence[Row]) -> None:
-    """The table, then the line of JSON, which is the last thing a benchmark prints."""
+def show(bench: str, rows: Sequence[Row]) -> int:
+    """The table, then the line of JSON, which is the last thing a benchmark prints. Returns its exit code: 1 if a target is
+    missed."""
     width = max(len(row.case) for row in rows)
     print(f"\n{bench} · {machine()}; the host took {stolen():.1f} % of the cores' time")
     for row in rows:
@@ -76,3 +77,4 @@ def show(bench: str, rows: Sequence[Row]) -> None:
         print(f"  {row.case:<{width}}  {number(row.value):>10} {row.unit:<9} {verdict}".rstrip())
     line = {"bench": bench, "machine": machine(), "stolen": stolen(), "rows": [asdict(row) for row in rows]}
     print(json.dumps(line, ensure_ascii=False), flush=True)
+    return int(not all(row.ok for row in rows))

@@ -109,13 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = rows(drill, arguments.minutes)
     for text in drill.violations:
         print(f"violation: {text}")
-    show(f"chaos --seed {arguments.seed}", found)
-    well = all(row.ok for row in found)
-    if well and arguments.directory is None:
+    code = show(f"chaos --seed {arguments.seed}", found)
+    if not code and arguments.directory is None:
         shutil.rmtree(directory)
     else:
         print(f"everything is left in {directory}")
-    return 0 if well else 1
+    return code
 
 
 if __name__ == "__main__":

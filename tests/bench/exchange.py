@@ -164,7 +164,7 @@ def losses(repeat: int) -> Iterator[Row]:
             yield Row(f"{name}: ÷ floor of the link's own rate", ours / floor(nbytes, 2, 50e6 / 8), "x")
 
 
-def main() -> None:
+def main() -> int:
     figures = {"sizes": sizes, "packets": usual_packets, "slow": slow_uplink, "loss": losses}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(figures), default=list(figures))
@@ -174,8 +174,8 @@ def main() -> None:
     for row in (row for name in given.only for row in figures[name](given.repeat)):
         rows.append(row)
         print(f"# {row.case}: {number(row.value)} {row.unit}", file=sys.stderr, flush=True)
-    show("exchange", rows)
+    return show("exchange", rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -97,8 +97,7 @@ def main(wanted: list[str]) -> int:
                 print(told(system, costs[system.name]), flush=True)
             found += rows(fault, costs)
     print(f"\n{columns(all_costs)}")
-    show("failover", found)
-    return 0 if all(row.ok for row in found) else 1
+    return show("failover", found)
 
 
 if __name__ == "__main__":

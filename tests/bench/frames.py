@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import sys
 import tempfile
 import threading
 import time
@@ -58,7 +59,7 @@ def rows(cases: Mapping[str, tuple[Security, Security]], repeat: int) -> Iterato
         yield Row(f"{name} ÷ crc32", median(costs) / least, "x")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.frames", description=__doc__)
     parser.add_argument("--repeat", type=int, default=7)
     options = parser.parse_args()
@@ -69,8 +70,8 @@ def main() -> None:
         shared = Security(secret_from=str(secret))
         tls = choose(str(certs), "", "us"), choose(str(certs), "", "eu")
         cases = {"crc32": (OPEN, OPEN), "run secret": (shared, shared), "TLS": tls}
-        show("frames", list(rows(cases, options.repeat)))
+        return show("frames", list(rows(cases, options.repeat)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -152,8 +152,7 @@ def main(wanted: list[str]) -> int:
             for ranks in (1, 2):
                 print(f"memory: {_memory.ROUNDS} rounds at 150m on {ranks} rank(s) …", flush=True)
                 rows += _memory.measure(Path(directory) / f"memory-{ranks}", ranks)
-    show("inner", rows)
-    return 0
+    return show("inner", rows)
 
 
 if __name__ == "__main__":

@@ -139,8 +139,7 @@ def main() -> int:
             for row in figures:
                 rows.append(row)
                 print(f"# {row.case}: {number(row.value)} {row.unit}", file=sys.stderr, flush=True)
-    show("join", rows)
-    return 0 if all(row.ok for row in rows) else 1
+    return show("join", rows)
 
 
 if __name__ == "__main__":

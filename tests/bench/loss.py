@@ -168,8 +168,7 @@ def main(given: list[str]) -> int:
     chosen = arguments(given)
     seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
     losses = measure(chosen.variants.split(","), seeds, chosen.processes)
-    show("loss", list(table(losses)))
-    return 0
+    return show("loss", list(table(losses)))
 
 
 if __name__ == "__main__":

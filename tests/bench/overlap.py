@@ -195,8 +195,7 @@ def main(wanted: list[str]) -> int:
             for row in figures[name]():
                 print(f"  {row.case}: {number(row.value)} {row.unit}", flush=True)
                 rows.append(row)
-    show("overlap", rows)
-    return 0
+    return show("overlap", rows)
 
 
 if __name__ == "__main__":

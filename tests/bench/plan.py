@@ -74,8 +74,7 @@ def main(wanted: list[str]) -> int:
             for row in rows(name, Path(directory)):
                 print(f"  {row.case}: {number(row.value)} {row.unit}", flush=True)
                 found.append(row)
-    show("plan", found)
-    return 0
+    return show("plan", found)
 
 
 if __name__ == "__main__":
