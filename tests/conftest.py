@@ -1,5 +1,3 @@
-import os
-
 from hypothesis import settings
 
 from tests.attackers import papers as papers
@@ -11,5 +9,3 @@ from tests.s3_server import server as server
 
 settings.register_profile("shared machine", deadline=None)  # what an example takes says nothing here
 settings.load_profile("shared machine")
-
-os.environ["PYTHONFAULTHANDLER"] = "1"  # a process that native code ends, of all that tests start, says where it was

@@ -7,15 +7,19 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import botocore.session
 import pytest
+from botocore.exceptions import BotoCoreError, ClientError
 
 from tests.ports import free_ports
 
 READY_SECONDS = 60.0
-BUCKET = "ckpt"
+BUCKET, PROBE = "ckpt", "probe"
 SERVICES = ("master", "filer", "volume", "s3", "admin")
 OFF = ("-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.autoCreateBucket=false")
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -39,6 +43,8 @@ class Server:
         self.folder, self.port = folder, ports[SERVICES.index("s3")]
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[str] | None = None
+        self._held = False
+        """Whether the probe has been written."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,6 +65,29 @@ class Server:
         )
         threading.Thread(target=_read_log, args=(self.process, log, ready), daemon=True).start()
         assert ready.wait(READY_SECONDS) and self.process.poll() is None, "".join(log)
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._reads():
+            assert time.monotonic() < deadline, "".join(log)
+            time.sleep(0.02)
+
+    def _reads(self) -> bool:
+        """It calls itself ready before it finds again what it held when it was killed."""
+        client = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+            region_name=KEYS["AWS_DEFAULT_REGION"],
+        )
+        try:
+            if not self._held:
+                with suppress(ClientError):  # it is there
+                    client.create_bucket(Bucket=PROBE)
+                client.put_object(Bucket=PROBE, Key=PROBE, Body=PROBE.encode())
+                self._held = True
+            return bool(client.get_object(Bucket=PROBE, Key=PROBE)["Body"].read() == PROBE.encode())
+        except (ClientError, BotoCoreError):
+            return False
 
     def kill(self) -> None:
         """kill -9; nothing that it has acknowledged may be lost by it."""

@@ -26,7 +26,7 @@ def bits(fragments: list[np.ndarray]) -> list[bytes]:
 
 
 def test_every_mesh_reads_and_writes_the_same_bits(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     for world, tp in MESHES:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
         command = [sys.executable, *launcher, "-m", "tests.shards_worker", str(tmp_path), str(tp)]

@@ -158,7 +158,7 @@ def activations(trainer: Trainer) -> int:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    tokens = trainer.dataset.batch(range(inner.share))[: inner.micro_batch]
+    tokens = trainer.dataset.batch(range(inner.share))[: inner.micro_batch].long()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         objective, _ = inner.loss(trainer.model, tokens)
     objective.backward()

@@ -56,7 +56,7 @@ class Bare:
         """Seconds for BLOCK steps."""
         begin = time.perf_counter()
         for tokens in self.batches:
-            loss, _ = next_token_loss(self.model, tokens)
+            loss, _ = next_token_loss(self.model, tokens.long())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             self.optimizer.step()

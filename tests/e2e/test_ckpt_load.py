@@ -69,7 +69,7 @@ def test_a_run_starts_from_an_import(cluster: Cluster, imported: str) -> None:
     model = build_llama(**ARGS)
     model.load_state_dict(parameters_of(store, manifest), strict=False)
     data = DataConfig()
-    tokens = Dataset(build_source(data), 32, data.holdout, 0).batch(range(4))
+    tokens = Dataset(build_source(data), 32, data.holdout, 0).batch(range(4)).long()
     expected = next_token_loss(model, tokens)[1].item()
     step = min(cluster.records("eu", "step"), key=lambda record: record["step"])
     assert abs(step["loss"] - expected) < 1e-4, (step, expected)

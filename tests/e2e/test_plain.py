@@ -40,7 +40,7 @@ def plain(
     for r in range(rounds):
         for k, worker in enumerate(workers):
             for step in range(r * sync_every, (r + 1) * sync_every):
-                batch = data.batch(range(k * leased + step * BATCH, k * leased + (step + 1) * BATCH))
+                batch = data.batch(range(k * leased + step * BATCH, k * leased + (step + 1) * BATCH)).long()
                 objective, nll = next_token_loss(worker, batch)
                 objective.backward()
                 torch.nn.utils.clip_grad_norm_(worker.parameters(), 1.0)
@@ -94,7 +94,7 @@ def test_one_member_with_h1_is_adamw() -> None:
     optimizer = adamw(model)
     data = Dataset(build_source(DataConfig()), SEQ_LEN, 0.02, 0)
     for step, expected in enumerate(losses[0]):
-        objective, nll = next_token_loss(model, data.batch(range(step * BATCH, (step + 1) * BATCH)))
+        objective, nll = next_token_loss(model, data.batch(range(step * BATCH, (step + 1) * BATCH)).long())
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
