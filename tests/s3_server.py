@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
@@ -65,20 +66,22 @@ class Server:
         )
         threading.Thread(target=_read_log, args=(self.process, log, ready), daemon=True).start()
         assert ready.wait(READY_SECONDS) and self.process.poll() is None, "".join(log)
-        deadline = time.monotonic() + READY_SECONDS
-        while not self._reads():
+        deadline, client = time.monotonic() + READY_SECONDS, self._client()
+        while not self._reads(client):
             assert time.monotonic() < deadline, "".join(log)
             time.sleep(0.02)
 
-    def _reads(self) -> bool:
-        """It calls itself ready before it finds again what it held when it was killed."""
-        client = botocore.session.Session().create_client(
+    def _client(self) -> Any:
+        return botocore.session.Session().create_client(
             "s3",
             endpoint_url=self.url,
             aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
             region_name=KEYS["AWS_DEFAULT_REGION"],
         )
+
+    def _reads(self, client: Any) -> bool:
+        """It calls itself ready before it finds again what it held when it was killed."""
         try:
             if not self._held:
                 with suppress(ClientError):  # it is there

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,8 +85,15 @@ def fetched(proxy: Proxy, url: str, ending: str = "tokens") -> int:
 
 
 def test_a_streamed_corpus_is_the_local_one_and_begins_before_a_shard_is_there(
-    url: str, folder: Path, proxy: Proxy, tmp_path: Path
+    url: str, folder: Path, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fetch, sizes = Cache._fetch, list[int]()
+
+    def counted(cache: Cache, key: str, start: int, stop: int, *rest: Any) -> memoryview:
+        sizes.append(stop - start if key.endswith(".tokens") else 0)
+        return fetch(cache, key, start, stop, *rest)
+
+    monkeypatch.setattr(Cache, "_fetch", counted)
     near, far = local(folder), open_(url, tmp_path)
     assert far.source.digest == near.source.digest and far.source.bytes_per_token == near.source.bytes_per_token == 4
     assert proxy.count("GET") == 1, "opening reads the index alone"
@@ -98,6 +106,8 @@ def test_a_streamed_corpus_is_the_local_one_and_begins_before_a_shard_is_there(
     held = range(near.heldout_windows)
     assert len(held) > 10 and all((far.heldout(i) == near.heldout(i)).all() for i in held)
     assert len(SHARDS) < fetched(proxy, url) <= CHUNKS + 1 and fetched(proxy, url, "sums") == len(SHARDS) + 1
+    everything = sum(path.stat().st_size for path in folder.glob("*.tokens"))
+    assert everything <= sum(sizes) <= everything + CHUNK, "once, but for the first chunk, between two of its run"
 
 
 def test_a_mixture_of_buckets_and_directories_is_that_of_directories(
@@ -324,7 +334,7 @@ def test_a_removed_run_is_read_on_for_a_moment_and_then_fetched_again(
 
 
 def test_what_is_marked_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that ends while it writes has marked nothing, and one that reads then takes nothing for a chunk."""
+    """Who fails while he writes has marked nothing, and whoever reads then takes nothing for a chunk."""
     data = os.urandom(3 * CHUNK)
     monkeypatch.setattr(caching, "store_of", lambda _: SimpleNamespace(view=lambda _, a, b: memoryview(data)[a:b]))
     shard = Shard("train-00000", len(data), "")
@@ -333,16 +343,8 @@ def test_what_is_marked_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert mine.read(shard, 0, CHUNK) == data[:CHUNK]
     path, run = tmp_path / "folder" / shard.name / "000000", Run(shard, 0)
     assert path.stat().st_size == len(data) + RUN and 512 * path.stat().st_blocks < 2 * CHUNK, "it has holes"
-
-    class Ended(BaseException):
-        pass
-
-    def full(*_: int) -> None:
-        raise Ended
-
-    with monkeypatch.context() as patch, pytest.raises(Ended):
-        patch.setattr(os, "posix_fallocate", full)
-        mine.bring(run, 1, 3)
+    with pytest.raises(TypeError):
+        mine._place(run, 1, 3, [0] * CHUNK)  # type: ignore[arg-type]
     assert other._at_hand(run, [0]) and not other._at_hand(run, [1]) and mine._missing(run, 0, 3) == [1, 2]
     with path.open("r+b") as file:
         file.seek(len(data))

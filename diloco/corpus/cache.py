@@ -227,7 +227,7 @@ class Cache:
             status = os.stat(file.fileno())
             if status.st_size != run.size + RUN:
                 file.truncate(run.size + RUN)
-            os.posix_fallocate(file.fileno(), first * CHUNK, len(data))  # halves the time of writing to ext4
+            os.posix_fallocate(file.fileno(), first * CHUNK, len(data))  # a quarter less time than without, on ext4
             file.seek(first * CHUNK)
             file.write(data)
             file.flush()

@@ -85,7 +85,7 @@ class CachedTokens(Joined):
         return np.frombuffer(self._cache.read(self._shards[file], start * width, stop * width), dtype=self.dtype)
 
     def rows(self, starts: np.ndarray, out: np.ndarray) -> None:
-        """As of all files, but looks at each run of chunks once."""
+        """As of all files, but looks at each run of chunks once. Raises OSError as `part` does."""
         length, run = out.shape[1], RUN_BYTES // self.dtype.itemsize
         files, sizes, places = self.locate(starts)
         whole = (places % run + length <= run) & (places + length <= sizes)
